@@ -1,0 +1,115 @@
+"""The path without Triton: the same maths in ATen and oneDNN calls that add into their results.
+
+Against eager PyTorch it saves the [M, D] temporaries and their passes over memory, and keeps only x and z for
+backward. The two functions take what the launchers in `kernels/` take.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .kernels.activations import find_activation
+from .kernels.launch import Needs, Options, Weights
+
+
+def forward(
+    x: Tensor, residual: Tensor, weights: Weights, options: Options, save_z: bool
+) -> tuple[Tensor, Tensor | None]:
+    """y [M, D] and z [M, R] (None unless `save_z`); see `kernels.forward.forward`."""
+    w_down, b_down, w_up, b_up, scale = weights
+    dtype = options.dtype
+    if scale is not None or options.scale != 1.0:
+        factor, column = _factors(scale, options)
+        w_up, b_up = w_up * column, None if b_up is None else b_up * factor
+    if x.dtype != dtype or w_down.dtype != dtype or w_up.dtype != dtype:
+        x, w_down, w_up = x.to(dtype), w_down.to(dtype), w_up.to(dtype)
+        b_down = None if b_down is None else b_down.to(dtype)
+        b_up = None if b_up is None else b_up.to(dtype)
+    z = _linear(x, w_down, b_down)
+    y = _linear(find_activation(options.activation).eager(z), w_up, b_up, residual)
+    return y, z if save_z else None
+
+
+def backward(
+    dy: Tensor, x: Tensor, z: Tensor, weights: Weights, options: Options, needs: Needs, residual_is_x: bool
+) -> list[Tensor | None]:
+    """The six gradients in the order of `Needs`; see `kernels.backward.backward`."""
+    w_down, _, w_up, b_up, scale = weights
+    dtype, parameter_dtype = z.dtype, w_down.dtype
+    act = find_activation(options.activation)
+    scaled = scale is not None or options.scale != 1.0
+    dx = dw_down = db_down = dw_up = db_up = dscale = None
+    g, x_dtype = dy, x.dtype
+    if x_dtype != dtype or parameter_dtype != dtype or dy.dtype != dtype:
+        x, g, w_down, w_up = x.to(dtype), dy.to(dtype), w_down.to(dtype), w_up.to(dtype)
+    if needs.w_up or needs.scale:
+        dw_up = _outer(g, act.eager(z))  # [D, R], without scale
+    if needs.b_up or needs.scale:
+        db_up = g.sum(0)  # [D], without scale
+    if scaled:
+        factor, column = _factors(scale, options)
+        if scale is not None and needs.scale:
+            dscale = (dw_up.to(torch.promote_types(dtype, torch.float32)) * w_up).sum(1)
+            if b_up is not None:
+                dscale += db_up * b_up
+            dscale = (dscale if scale.numel() > 1 else dscale.sum()).to(scale.dtype).view_as(scale)
+        dw_up = dw_up * column if needs.w_up else None
+        db_up = db_up * factor if needs.b_up else None
+        w_up = (w_up * column).to(dtype)
+    if needs.x or needs.w_down or needs.b_down:
+        dz = act.eager_backward(z, _linear(g, w_up.t()))
+        if needs.x:
+            dx = _linear(dz, w_down.t(), None, dy if residual_is_x else None)
+            dx = dx if dx.dtype == x_dtype else dx.to(x_dtype)
+        if needs.w_down:
+            dw_down = _outer(dz, x)
+        if needs.b_down:
+            db_down = dz.sum(0)
+    gradients = [dw_down, db_down, dw_up, db_up]
+    if scaled or parameter_dtype != dtype:
+        gradients = [None if t is None else t.to(parameter_dtype) for t in gradients]
+    return [dx, *gradients, dscale]
+
+
+def _factors(scale: Tensor | None, options: Options) -> tuple[float | Tensor, float | Tensor]:
+    """The scale as it stands beside b_up [D], and beside W_up [D, R]."""
+    if scale is None:
+        return options.scale, options.scale
+    return scale, scale[:, None] if scale.numel() > 1 else scale
+
+
+def _linear(x: Tensor, w: Tensor, b: Tensor | None = None, add: Tensor | None = None) -> Tensor:
+    """x · wᵀ + b + add, in one pass over the result where there is a call for it."""
+    onednn = _onednn(x)
+    if add is None:
+        return torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "") if onednn else F.linear(x, w, b)
+    if add.dtype != x.dtype:
+        return add + F.linear(x, w, b)
+    if onednn:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, add, w, b, "add")
+    return torch.addmm(add, x, w.t()) if b is None else (add + b).addmm_(x, w.t())
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    """aᵀ · b for a [M, i] and b [M, j], contiguous."""
+    if a.dtype != torch.float32 or not _onednn(max(a, b, key=Tensor.numel)):
+        return a.t() @ b
+    if a.shape[1] > b.shape[1]:
+        return _outer(b, a).t().contiguous()  # oneDNN wants the longer side last
+    return torch.ops.mkldnn._linear_pointwise(a.t().contiguous(), b.t(), None, "none", [], "")
+
+
+def _onednn(x: Tensor) -> bool:
+    """Whether to call oneDNN by name: in fp32 ATen would take MKL, half as fast on some processors, and only oneDNN
+    adds the residual while it writes the product. Below 2^16 elements its set-up costs more than it saves."""
+    return x.numel() >= 1 << 16 and x.dtype in _onednn_dtypes() and torch._C._get_mkldnn_enabled()
+
+
+@functools.cache
+def _onednn_dtypes() -> tuple[torch.dtype, ...]:
+    ops = torch.ops.mkldnn
+    if not (torch.backends.mkldnn.is_available() and hasattr(ops, "_linear_pointwise")):
+        return ()
+    return (torch.float32, torch.bfloat16) if ops._is_mkldnn_bf16_supported() else (torch.float32,)

@@ -1,0 +1,352 @@
+"""Backward: three kernels, nothing atomic, so the same launch gives the same bits.
+
+With s = scale and h = act(z):
+
+    dz kernel        dh = s · dy · W_up    dz = dh ⊙ act'(z)                                        [M, R]
+    weights kernel   dx = dz · W_down (+ dy where the residual is x)                                 [M, D]
+                     dyᵀ · h   dzᵀ · x   Σ dy   Σ dz   as one fp32 partial per slice of M
+    reduce kernel    sums the partials in order:
+                     dW_up = s · dyᵀh   db_up = s · Σ dy   dW_down = dzᵀx   db_down = Σ dz
+                     dscale[d] = Σ_r W_up[d, r] · (dyᵀh)[d, r] + b_up[d] · (Σ dy)[d]
+
+dscale costs no pass over the tokens: with u = h · W_upᵀ + b_up, Σ_m dy ⊙ u is the last line. Only what is asked for
+is computed; an output that is None is compiled away.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .activations import find_activation
+from .launch import Needs, Options, Weights, device_guard, dot_options, scale_stride, tile_options
+
+
+@triton.jit
+def dz_kernel(
+    dy_ptr,  # [M, D]
+    z_ptr,  # [M, R]
+    w_up_ptr,  # [D, R]
+    scale,  # number; used where scale_ptr is None
+    scale_ptr,  # [1] (SCALE_STRIDE 0), [D] (SCALE_STRIDE 1) or None
+    dz_ptr,  # [M, R] or None
+    h_ptr,  # [M, R] or None
+    M,
+    stride_dym,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    SCALE_STRIDE: tl.constexpr,
+    DACT: tl.constexpr,
+    DOT: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_r = tl.arange(0, BLOCK_R)
+    mask_m = offs_m < M - row
+    mask_r = offs_r < R
+    offs_mr = offs_m[:, None] * R + offs_r[None, :]
+    mask_mr = mask_m[:, None] & mask_r[None, :]
+
+    dh = tl.zeros([BLOCK_M, BLOCK_R], dtype=ACC)
+    if dz_ptr is not None:
+        for start_d in range(0, D, BLOCK_D):
+            offs_d = start_d + tl.arange(0, BLOCK_D)
+            mask_d = offs_d < D
+            dy = tl.load(  # [BLOCK_M, BLOCK_D]
+                dy_ptr + row * stride_dym + offs_m[:, None] * stride_dym + offs_d[None, :],
+                mask=mask_m[:, None] & mask_d[None, :],
+                other=0.0,
+            )
+            w = tl.load(  # [BLOCK_D, BLOCK_R]
+                w_up_ptr + offs_d[:, None] * R + offs_r[None, :], mask=mask_d[:, None] & mask_r[None, :], other=0.0
+            )
+            if scale_ptr is not None:
+                s = tl.load(scale_ptr + offs_d * SCALE_STRIDE, mask=mask_d, other=0.0)
+                w = w.to(ACC) * s.to(ACC)[:, None]
+            dh = tl.dot(dy.to(DOT), w.to(DOT), dh, out_dtype=ACC, input_precision=PRECISION)
+        if scale_ptr is None:
+            dh *= scale
+
+    z = tl.load(z_ptr + row * R + offs_mr, mask=mask_mr, other=0.0).to(ACC)
+    dz, h = DACT(z, dh)
+    if dz_ptr is not None:
+        tl.store(dz_ptr + row * R + offs_mr, dz, mask=mask_mr)
+    if h_ptr is not None:
+        tl.store(h_ptr + row * R + offs_mr, h, mask=mask_mr)
+
+
+@triton.jit
+def weights_kernel(
+    dy_ptr,  # [M, D]
+    x_ptr,  # [M, D]
+    h_ptr,  # [M, R]
+    dz_ptr,  # [M, R]
+    w_down_ptr,  # [R, D]
+    dx_ptr,  # [M, D] or None
+    up_partial_ptr,  # [S, D, R] or None: dyᵀ · h
+    b_up_partial_ptr,  # [S, D] or None: Σ dy
+    down_partial_ptr,  # [S, D, R] or None: xᵀ · dz
+    b_down_partial_ptr,  # [S, R] or None: Σ dz
+    M,
+    rows_per_slice,  # a multiple of BLOCK_M
+    stride_dym,
+    stride_xm,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    ADD_DY: tl.constexpr,  # the residual is x
+    DOT: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    pid_d = tl.program_id(0)
+    pid_s = tl.program_id(1).to(tl.int64)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_r = tl.arange(0, BLOCK_R)
+    offs_mr = offs_m[:, None] * R + offs_r[None, :]
+    mask_d = offs_d < D
+    mask_r = offs_r < R
+    # The accumulators are held the way round that gives the dot the longer first side.
+    R_FIRST: tl.constexpr = BLOCK_R >= BLOCK_D
+    NEED_DZ: tl.constexpr = (dx_ptr is not None) or (down_partial_ptr is not None) or (b_down_partial_ptr is not None)
+    NEED_DY: tl.constexpr = (
+        (up_partial_ptr is not None) or (b_up_partial_ptr is not None) or (dx_ptr is not None and ADD_DY)
+    )
+
+    if dx_ptr is not None:
+        w_down = tl.load(  # [BLOCK_R, BLOCK_D]
+            w_down_ptr + offs_r[:, None] * D + offs_d[None, :], mask=mask_r[:, None] & mask_d[None, :], other=0.0
+        ).to(DOT)
+    if R_FIRST:
+        up = tl.zeros([BLOCK_R, BLOCK_D], dtype=ACC)
+        down = tl.zeros([BLOCK_R, BLOCK_D], dtype=ACC)
+    else:
+        up = tl.zeros([BLOCK_D, BLOCK_R], dtype=ACC)
+        down = tl.zeros([BLOCK_D, BLOCK_R], dtype=ACC)
+    b_up = tl.zeros([BLOCK_D], dtype=ACC)
+    b_down = tl.zeros([BLOCK_R], dtype=ACC)
+
+    for start_m in range(0, rows_per_slice, BLOCK_M):
+        row = pid_s * rows_per_slice + start_m
+        mask_m = offs_m < M - row
+        mask_md = mask_m[:, None] & mask_d[None, :]
+        mask_mr = mask_m[:, None] & mask_r[None, :]
+        if NEED_DY:
+            dy = tl.load(dy_ptr + row * stride_dym + offs_m[:, None] * stride_dym + offs_d[None, :], mask=mask_md, other=0.0)
+        if NEED_DZ:
+            dz = tl.load(dz_ptr + row * R + offs_mr, mask=mask_mr, other=0.0).to(DOT)  # [BLOCK_M, BLOCK_R]
+        if dx_ptr is not None:
+            dx = tl.dot(dz, w_down, out_dtype=ACC, input_precision=PRECISION)  # [BLOCK_M, BLOCK_D]
+            if ADD_DY:
+                dx += dy.to(ACC)
+            tl.store(dx_ptr + row * D + offs_m[:, None] * D + offs_d[None, :], dx, mask=mask_md)
+        if up_partial_ptr is not None:
+            h = tl.load(h_ptr + row * R + offs_mr, mask=mask_mr, other=0.0).to(DOT)  # [BLOCK_M, BLOCK_R]
+            if R_FIRST:
+                up = tl.dot(h.T, dy.to(DOT), up, out_dtype=ACC, input_precision=PRECISION)
+            else:
+                up = tl.dot(dy.to(DOT).T, h, up, out_dtype=ACC, input_precision=PRECISION)
+        if down_partial_ptr is not None:
+            x = tl.load(x_ptr + row * stride_xm + offs_m[:, None] * stride_xm + offs_d[None, :], mask=mask_md, other=0.0)
+            if R_FIRST:
+                down = tl.dot(dz.T, x.to(DOT), down, out_dtype=ACC, input_precision=PRECISION)
+            else:
+                down = tl.dot(x.to(DOT).T, dz, down, out_dtype=ACC, input_precision=PRECISION)
+        if b_up_partial_ptr is not None:
+            b_up += tl.sum(dy.to(ACC), axis=0)
+        if b_down_partial_ptr is not None:
+            if pid_d == 0:
+                b_down += tl.sum(dz.to(ACC), axis=0)
+
+    if R_FIRST:
+        offs_dr = offs_d[None, :] * R + offs_r[:, None]
+        mask_dr = mask_d[None, :] & mask_r[:, None]
+    else:
+        offs_dr = offs_d[:, None] * R + offs_r[None, :]
+        mask_dr = mask_d[:, None] & mask_r[None, :]
+    if up_partial_ptr is not None:
+        tl.store(up_partial_ptr + pid_s * D * R + offs_dr, up, mask=mask_dr)
+    if down_partial_ptr is not None:
+        tl.store(down_partial_ptr + pid_s * D * R + offs_dr, down, mask=mask_dr)
+    if b_up_partial_ptr is not None:
+        tl.store(b_up_partial_ptr + pid_s * D + offs_d, b_up, mask=mask_d)
+    if b_down_partial_ptr is not None:
+        if pid_d == 0:
+            tl.store(b_down_partial_ptr + pid_s * R + offs_r, b_down, mask=mask_r)
+
+
+@triton.jit
+def reduce_kernel(
+    up_partial_ptr,  # [S, D, R] or None
+    b_up_partial_ptr,  # [S, D] or None
+    down_partial_ptr,  # [S, D, R] or None
+    b_down_partial_ptr,  # [S, R] or None
+    w_up_ptr,  # [D, R]
+    b_up_ptr,  # [D] or None
+    scale,  # number; used where scale_ptr is None
+    scale_ptr,  # [1] (SCALE_STRIDE 0), [D] (SCALE_STRIDE 1) or None
+    dw_up_ptr,  # [D, R] or None
+    db_up_ptr,  # [D] or None
+    dw_down_ptr,  # [R, D] or None
+    db_down_ptr,  # [R] or None
+    dscale_ptr,  # [D] or None: the gradient of a scale per channel
+    S,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    SCALE_STRIDE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_r = tl.arange(0, BLOCK_R)
+    mask_d = offs_d < D
+    mask_r = offs_r < R
+    offs_dr = offs_d[:, None] * R + offs_r[None, :]
+    mask_dr = mask_d[:, None] & mask_r[None, :]
+
+    up = tl.zeros([BLOCK_D, BLOCK_R], dtype=ACC)
+    down = tl.zeros([BLOCK_D, BLOCK_R], dtype=ACC)
+    b_up = tl.zeros([BLOCK_D], dtype=ACC)
+    for i in range(S):
+        if up_partial_ptr is not None:
+            up += tl.load(up_partial_ptr + i * D * R + offs_dr, mask=mask_dr, other=0.0)
+        if down_partial_ptr is not None:
+            down += tl.load(down_partial_ptr + i * D * R + offs_dr, mask=mask_dr, other=0.0)
+        if b_up_partial_ptr is not None:
+            b_up += tl.load(b_up_partial_ptr + i * D + offs_d, mask=mask_d, other=0.0)
+
+    if scale_ptr is not None:
+        s = tl.load(scale_ptr + offs_d * SCALE_STRIDE, mask=mask_d, other=0.0).to(ACC)  # [BLOCK_D]
+    else:
+        s = tl.zeros([BLOCK_D], dtype=ACC) + scale
+    if dw_up_ptr is not None:
+        tl.store(dw_up_ptr + offs_dr, up * s[:, None], mask=mask_dr)
+    if db_up_ptr is not None:
+        tl.store(db_up_ptr + offs_d, b_up * s, mask=mask_d)
+    if dw_down_ptr is not None:
+        tl.store(dw_down_ptr + offs_r[None, :] * D + offs_d[:, None], down, mask=mask_dr)
+    if dscale_ptr is not None:
+        dscale = tl.sum(up * tl.load(w_up_ptr + offs_dr, mask=mask_dr, other=0.0).to(ACC), axis=1)
+        if b_up_ptr is not None:
+            dscale += b_up * tl.load(b_up_ptr + offs_d, mask=mask_d, other=0.0).to(ACC)
+        tl.store(dscale_ptr + offs_d, dscale, mask=mask_d)
+    if db_down_ptr is not None:
+        if tl.program_id(0) == 0:
+            b_down = tl.zeros([BLOCK_R], dtype=ACC)
+            for i in range(S):
+                b_down += tl.load(b_down_partial_ptr + i * R + offs_r, mask=mask_r, other=0.0)
+            tl.store(db_down_ptr + offs_r, b_down, mask=mask_r)
+
+
+def backward(
+    dy: Tensor, x: Tensor, z: Tensor, weights: Weights, options: Options, needs: Needs, residual_is_x: bool
+) -> list[Tensor | None]:
+    """The six gradients in the order of `Needs`; None where not asked for.
+
+    dy, x [M, D] with any row stride and a dense last dimension, z [M, R] as forward made it. dx has x's dtype and
+    every other gradient the dtype of its parameter.
+    """
+    (M, D), R = x.shape, z.shape[1]
+    w_down, w_up, b_up = weights.w_down.contiguous(), weights.w_up.contiguous(), weights.b_up
+    scale, scale_tensor = options.scale, weights.scale
+    dots = dot_options(z.dtype)
+    acc_dtype = torch.promote_types(z.dtype, torch.float32)
+    need_dz = needs.x or needs.w_down or needs.b_down
+    need_up = needs.w_up or needs.scale
+    need_b_up = needs.b_up or (needs.scale and b_up is not None)
+
+    def new(wanted: bool, *shape: int, dtype: torch.dtype = acc_dtype) -> Tensor | None:
+        return torch.empty(shape, dtype=dtype, device=x.device) if wanted else None
+
+    dz, h = new(need_dz, M, R, dtype=z.dtype), new(need_up, M, R, dtype=z.dtype)
+    dx = new(needs.x, M, D, dtype=x.dtype)
+    dw_down, db_down = new(needs.w_down, R, D, dtype=w_down.dtype), new(needs.b_down, R, dtype=w_down.dtype)
+    dw_up, db_up = new(needs.w_up, D, R, dtype=w_up.dtype), new(needs.b_up, D, dtype=w_up.dtype)
+    dscale = new(needs.scale, D)
+
+    tiles = tile_options("weights", D, R, z.dtype, x.device)
+    columns, rows = triton.cdiv(D, tiles["BLOCK_D"]), triton.cdiv(M, tiles["BLOCK_M"])
+    slices = max(1, launch.facts(x.device).multiprocessors // columns)  # one program a multiprocessor
+    rows_per_slice = triton.cdiv(rows, slices) * tiles["BLOCK_M"]
+    slices = triton.cdiv(M, rows_per_slice) if M else 0
+    partials = [
+        new(need_up, slices, D, R),
+        new(need_b_up, slices, D),
+        new(needs.w_down, slices, D, R),
+        new(needs.b_down, slices, R),
+    ]
+
+    with device_guard(x):
+        if M and (need_dz or need_up):
+            dz_tiles = tile_options("dz", D, R, z.dtype, x.device)
+            dz_kernel[(triton.cdiv(M, dz_tiles["BLOCK_M"]),)](
+                dy,
+                z,
+                w_up,
+                scale,
+                scale_tensor,
+                dz,
+                h,
+                M,
+                dy.stride(0),
+                D=D,
+                R=R,
+                SCALE_STRIDE=scale_stride(scale_tensor),
+                DACT=find_activation(options.activation).dact,
+                **dots,
+                **dz_tiles,
+            )
+        if M:
+            weights_kernel[(columns, slices)](
+                dy,
+                x,
+                h,
+                dz,
+                w_down,
+                dx,
+                *partials,
+                M,
+                rows_per_slice,
+                dy.stride(0),
+                x.stride(0),
+                D=D,
+                R=R,
+                ADD_DY=residual_is_x,
+                **dots,
+                **tiles,
+            )
+        if any(needs[1:]):
+            reduce_tiles = tile_options("reduce", D, R, z.dtype, x.device)
+            del reduce_tiles["BLOCK_M"]
+            reduce_kernel[(triton.cdiv(D, reduce_tiles["BLOCK_D"]),)](
+                *partials,
+                w_up,
+                b_up,
+                scale,
+                scale_tensor,
+                dw_up,
+                db_up,
+                dw_down,
+                db_down,
+                dscale,
+                slices,
+                D=D,
+                R=R,
+                SCALE_STRIDE=scale_stride(scale_tensor),
+                ACC=dots["ACC"],
+                enable_fp_fusion=True,
+                **reduce_tiles,
+            )
+    if dscale is not None and scale_tensor is not None:
+        dscale = (dscale if scale_stride(scale_tensor) else dscale.sum()).to(scale_tensor.dtype).view_as(scale_tensor)
+    return [dx, dw_down, db_down, dw_up, db_up, dscale]
