@@ -1,7 +1,7 @@
 """Launch configs: a pure function of (kernel, D, R, dtype, compute capability). One table, one place.
 
-The tiles were chosen by compiling for sm_80, sm_90 and sm_100 and reading off registers, spills and shared memory
-(static); no GPU has timed them yet.
+Every entry compiles without a spill at D = 768 and fits the shared memory of its cards (static: Triton 3.9, `python -m
+bench.static` shows it; where an entry spills, a comment says so). No GPU has timed them yet.
 """
 
 from dataclasses import dataclass
@@ -20,46 +20,109 @@ class Config:
     num_stages: int
 
 
+# TABLE[tensor-core generation, bytes an element][kernel][R rounded up to a power of two]
+# Generation 8: mma, 99 KB of shared memory (sm_80, sm_86, sm_89, sm_120). Generation 9: wgmma or later, 227 KB.
+# wgmma needs a tile side of 64 or more in front; at R = 256 dz keeps to that and spills 40 bytes outside its loop.
+TABLE: dict[tuple[int, int], dict[str, dict[int, Config]]] = {
+    (8, 2): {
+        "forward": {
+            32: Config(64, 128, 4, 3),
+            64: Config(128, 64, 8, 3),
+            128: Config(64, 64, 8, 3),
+            256: Config(64, 64, 8, 2),
+        },
+        "dz": {
+            32: Config(64, 128, 4, 3),
+            64: Config(128, 64, 8, 3),
+            128: Config(64, 64, 8, 3),
+            256: Config(32, 64, 8, 3),
+        },
+        "weights": {
+            16: Config(64, 128, 8, 3),
+            32: Config(64, 128, 8, 2),
+            64: Config(32, 128, 8, 2),
+            128: Config(32, 64, 8, 2),
+            256: Config(32, 32, 8, 3),
+        },
+    },
+    (8, 4): {
+        "forward": {
+            32: Config(64, 64, 4, 3),
+            64: Config(128, 32, 8, 3),
+            128: Config(128, 32, 8, 2),
+            256: Config(64, 32, 8, 2),
+        },
+        "dz": {
+            32: Config(64, 64, 8, 3),
+            64: Config(128, 32, 8, 3),
+            256: Config(64, 32, 8, 3),
+        },
+        "weights": {
+            16: Config(32, 128, 8, 3),
+            64: Config(16, 128, 8, 3),
+            128: Config(16, 64, 8, 3),
+            256: Config(16, 32, 8, 2),
+        },
+    },
+    (9, 2): {
+        "forward": {
+            32: Config(64, 128, 4, 3),
+            128: Config(128, 64, 8, 3),
+            256: Config(64, 64, 8, 3),
+        },
+        "dz": {
+            32: Config(64, 128, 4, 3),
+            64: Config(128, 64, 8, 3),
+            128: Config(64, 64, 8, 3),
+            256: Config(64, 64, 16, 3),
+        },
+        "weights": {
+            64: Config(64, 128, 8, 3),
+            128: Config(64, 64, 8, 3),
+            256: Config(32, 64, 8, 3),
+        },
+    },
+    (9, 4): {
+        "forward": {
+            32: Config(64, 64, 4, 3),
+            128: Config(128, 32, 8, 3),
+            256: Config(64, 32, 8, 3),
+        },
+        "dz": {
+            32: Config(64, 64, 4, 3),
+            64: Config(128, 32, 8, 3),
+            128: Config(64, 64, 8, 3),
+            256: Config(32, 64, 8, 3),
+        },
+        "weights": {
+            16: Config(32, 128, 8, 3),
+            64: Config(16, 128, 8, 3),
+            128: Config(16, 64, 8, 3),
+            256: Config(16, 32, 8, 2),
+        },
+    },
+}
+# The reduction has no dot and no rows of tokens: one entry serves every card.
+REDUCE = {32: Config(0, 8, 4, 1), 256: Config(0, 4, 4, 1)}
+
+MAX_BOTTLENECK = 256
+
+
 def block_r(R: int) -> int:
     """The tile side that holds R: a power of two, and at least 16, the least a tensor core takes."""
     return max(16, triton.next_power_of_2(R))
 
 
-# kernel -> {largest padded R: config}, 16-bit operands. fp32 and small shared memory shrink from here.
-TABLE: dict[str, dict[int, Config]] = {
-    "forward": {
-        32: Config(64, 128, 4, 3),
-        64: Config(128, 64, 8, 3),
-        128: Config(128, 64, 8, 3),
-        256: Config(64, 64, 8, 3),
-    },
-    "dz": {
-        32: Config(64, 128, 4, 3),
-        64: Config(128, 64, 8, 3),
-        128: Config(64, 64, 8, 3),
-        256: Config(64, 32, 8, 3),
-    },
-    "weights": {
-        32: Config(64, 128, 8, 3),
-        64: Config(64, 128, 8, 3),
-        128: Config(64, 64, 8, 3),
-        256: Config(64, 64, 8, 2),
-    },
-    "reduce": {
-        32: Config(0, 16, 4, 3),
-        64: Config(0, 8, 4, 3),
-        128: Config(0, 4, 4, 3),
-        256: Config(0, 4, 4, 3),
-    },
-}
-
-MAX_BOTTLENECK = max(TABLE["forward"])
-
-
 def choose(kernel: str, D: int, R: int, dtype: torch.dtype, capability: tuple[int, int]) -> Config:
-    """The config of `kernel` for hidden size D and bottleneck R <= MAX_BOTTLENECK. Never an error on an unknown GPU."""
-    rows = TABLE[kernel]
+    """The config of `kernel` for hidden size D and bottleneck R ≤ MAX_BOTTLENECK. Never an error on an unknown GPU.
+
+    `dtype` is that of the products; fp64, which only the interpreter runs, goes with fp32.
+    """
+    if kernel == "reduce":
+        rows = REDUCE
+    else:
+        generation = 9 if capability[0] in (9, 10, 11) else 8
+        rows = TABLE[generation, min(4, dtype.itemsize)][kernel]
     config = rows[min(r for r in rows if r >= block_r(R))]
-    return Config(
-        config.BLOCK_M, min(config.BLOCK_D, max(16, triton.next_power_of_2(D))), config.num_warps, config.num_stages
-    )
+    columns = min(config.BLOCK_D, max(16, triton.next_power_of_2(D)))
+    return Config(config.BLOCK_M, columns, config.num_warps, config.num_stages)

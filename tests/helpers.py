@@ -1,0 +1,94 @@
+"""An adapter call with its inputs, its gradients, its oracle, and the rule that compares them."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from adapter_ops import bottleneck_adapter, reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAMES = ("x", "residual", "w_down", "b_down", "w_up", "b_up", "scale")
+
+
+@dataclass
+class Call:
+    """Random inputs of one call. `scale` is a number, "one" (a tensor [1]) or "channel" (a tensor [D])."""
+
+    M: int = 33
+    D: int = 20
+    R: int = 6
+    dtype: torch.dtype = torch.float32
+    parameter_dtype: torch.dtype | None = None
+    activation: str = "gelu"
+    scale: float | str = 1.0
+    own_residual: bool = False
+    bias: bool = True
+    device: str = DEVICE
+    inputs: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        M, D, R = self.M, self.D, self.R
+        w = dict(dtype=self.parameter_dtype or self.dtype, device=self.device)
+        a = dict(dtype=self.dtype, device=self.device)
+        self.inputs = {"x": torch.randn(M, D, **a), "w_down": torch.randn(R, D, **w) / D**0.5}
+        self.inputs["w_up"] = torch.randn(D, R, **w) / R**0.5
+        if self.own_residual:
+            self.inputs["residual"] = torch.randn(M, D, **a)
+        if self.bias:
+            self.inputs |= {"b_down": torch.randn(R, **w), "b_up": torch.randn(D, **w)}
+        if isinstance(self.scale, str):
+            self.inputs["scale"] = 0.5 + torch.rand(D if self.scale == "channel" else 1, **w)
+        t = {n: v.double() for n, v in self.inputs.items()}
+        # Noise, and a part along the adapter's own output: the gradient of a scalar scale would else be a sum that
+        # cancels, which says nothing about its precision.
+        u = self(reference.bottleneck_adapter, **t) - t.get("residual", t["x"])
+        self.dy = torch.randn(M, D, **a) + u.to(self.dtype)
+
+    def __call__(self, function=bottleneck_adapter, **inputs: Tensor) -> Tensor:
+        """The call itself, with some inputs replaced."""
+        t = self.inputs | inputs
+        return function(
+            t["x"],
+            t["w_down"],
+            t.get("b_down"),
+            t["w_up"],
+            t.get("b_up"),
+            activation=self.activation,
+            scale=t.get("scale", self.scale),
+            residual=t.get("residual"),
+        )
+
+    def gradients(self, function=bottleneck_adapter, wanted=None, dtype=None) -> dict[str, Tensor]:
+        """y and the gradient of each wanted input (all of them by default), with every other input frozen."""
+        wanted = list(self.inputs) if wanted is None else wanted
+        inputs = {
+            n: t.detach().to(dtype or t.dtype).requires_grad_(n in wanted) for n, t in self.inputs.items()
+        }
+        y = self(function, **inputs)
+        dy = self.dy.to(dtype or y.dtype)
+        found = torch.autograd.grad(y, [inputs[n] for n in wanted], dy) if wanted else ()
+        return {"y": y.detach(), **dict(zip(wanted, found))}
+
+    def oracle(self, wanted=None) -> dict[str, Tensor]:
+        return self.gradients(reference.bottleneck_adapter, wanted, torch.float64)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """‖found − expected‖ / ‖expected‖ in fp64; 0 where both are empty or zero."""
+    difference = (found.double() - expected).norm().item()
+    return 0.0 if difference == 0 else difference / expected.norm().item()
+
+
+def assert_two_times_rule(found, eager, oracle, slack: float = 0.0) -> None:
+    """Every error against fp64 is at most twice eager's, give or take eight roundings of the accumulator.
+
+    That is for sums of few terms that cancel (a bias of one element), where either side may be lucky; `slack` is for
+    the interpreter's bf16.
+    """
+    assert found.keys() == eager.keys() == oracle.keys()
+    for name, expected in oracle.items():
+        assert found[name].shape == eager[name].shape and found[name].dtype == eager[name].dtype, name
+        epsilon = 8 * torch.finfo(torch.promote_types(found[name].dtype, torch.float32)).eps
+        error, allowed = relative_error(found[name], expected), relative_error(eager[name], expected)
+        assert error <= 2 * allowed + epsilon + slack, f"{name}: error {error:.2e}, eager has {allowed:.2e}"

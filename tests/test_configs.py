@@ -1,0 +1,68 @@
+"""Launch configs: chosen for anything, and compiled for GPUs that are not here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adapter_ops.kernels import configs
+
+ROOT = Path(__file__).parent.parent
+
+
+@given(
+    kernel=st.sampled_from(["forward", "dz", "weights", "reduce"]),
+    D=st.integers(1, 20_000),
+    R=st.integers(1, configs.MAX_BOTTLENECK),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    capability=st.tuples(st.integers(0, 15), st.integers(0, 9)),
+)
+def test_never_an_error(kernel, D, R, dtype, capability):
+    config = configs.choose(kernel, D, R, dtype, capability)
+    assert configs.block_r(R) >= max(R, 16)
+    for size in (config.BLOCK_D, config.num_warps) + ((config.BLOCK_M,) if kernel != "reduce" else ()):
+        assert size > 0 and size & (size - 1) == 0
+    assert config == configs.choose(kernel, D, R, dtype, capability)
+
+
+# A process of its own: in this one the kernels are interpreted.
+COMPILE = """
+import dataclasses, json, sys, torch
+from bench.static import compile_all
+arch, dtype, parameter_dtype, sizes = json.loads(sys.argv[1])
+for D, R in sizes:
+    for c in compile_all(D, R, getattr(torch, dtype), arch, getattr(torch, parameter_dtype)):
+        print(json.dumps({"D": D, "R": R} | dataclasses.asdict(c)))
+"""
+CASES = [(dtype, dtype, [(768, R) for R in (16, 32, 64, 128, 256)]) for dtype in ("bfloat16", "float32")]
+CASES.append(("float16", "float32", [(100, 24)]))
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("dtype, parameter_dtype, sizes", CASES, ids=["bfloat16", "float32", "float16"])
+def test_every_default_config_compiles(arch, dtype, parameter_dtype, sizes):
+    """With nothing but Triton's own compiler: no GPU, and no driver."""
+    from bench.static import SHARED_LIMIT
+
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE, json.dumps([arch, dtype, parameter_dtype, sizes])],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    found = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(found) == 4 * len(sizes)
+    for kernel in found:
+        assert kernel["shared"] <= SHARED_LIMIT[arch], kernel
+        assert kernel["spilled"] <= 128, kernel  # a handful at the edges of a kernel, none in a loop
+        if dtype != "float32" and kernel["kernel"] != "reduce_kernel":
+            assert kernel["tensor_core"], kernel

@@ -1,0 +1,142 @@
+"""BottleneckAdapter: parameters, initialisation, and its place in a model."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from helpers import DEVICE
+from torch import nn
+
+import adapter_ops
+from adapter_ops import BottleneckAdapter
+
+
+class Houlsby(nn.Module):
+    """What the module stands in for."""
+
+    def __init__(self, D, R):
+        super().__init__()
+        self.down, self.act, self.up = nn.Linear(D, R), nn.GELU(), nn.Linear(R, D)
+
+    def forward(self, x):
+        return x + self.up(self.act(self.down(x)))
+
+
+def test_state_dict_moves_both_ways():
+    unfused, adapter = Houlsby(20, 6).to(DEVICE), BottleneckAdapter(20, 6, device=DEVICE)
+    assert {n: t.shape for n, t in adapter.state_dict().items()} == {n: t.shape for n, t in unfused.state_dict().items()}
+    adapter.load_state_dict(unfused.state_dict())
+    x = torch.randn(4, 3, 20, device=DEVICE)
+    torch.testing.assert_close(adapter(x), unfused(x))
+    unfused.load_state_dict(BottleneckAdapter(20, 6).state_dict())
+
+
+def test_from_linear_shares_parameters():
+    unfused = Houlsby(20, 6).to(DEVICE)
+    adapter = BottleneckAdapter.from_linear(unfused.down, unfused.up)
+    assert adapter.down.weight is unfused.down.weight
+    x = torch.randn(4, 20, device=DEVICE)
+    torch.testing.assert_close(adapter(x), unfused(x))
+    with pytest.raises(ValueError, match="down maps 20 to 6, up maps 5 to 20"):
+        BottleneckAdapter.from_linear(unfused.down, nn.Linear(5, 20))
+
+
+@pytest.mark.parametrize("std", [1e-2, 1e-7, 0.5])
+def test_initialisation_is_the_papers(std):
+    adapter = BottleneckAdapter(768, 64, init_std=std)
+    for weight in (adapter.down.weight, adapter.up.weight):
+        assert weight.abs().max() <= 2 * std
+        # A normal cut at two standard deviations keeps 0.8796 of its own.
+        assert weight.std().item() == pytest.approx(0.8796 * std, rel=0.02) and abs(weight.mean()) < 0.02 * std
+    assert not adapter.down.bias.any() and not adapter.up.bias.any()
+    x = torch.randn(64, 768)
+    if std <= 1e-2:
+        assert (adapter(x) - x).norm() < 0.02 * x.norm()
+
+
+@pytest.mark.parametrize("scale, size", [("learned", 1), ("channel", 20)])
+def test_learned_scale(scale, size):
+    adapter = BottleneckAdapter(20, 6, scale=scale, init_std=0.2, device=DEVICE)
+    assert torch.equal(adapter.scale, torch.ones(size, device=DEVICE)) and "scale" in adapter.state_dict()
+    x = torch.randn(7, 20, device=DEVICE)
+    plain = BottleneckAdapter(20, 6, device=DEVICE)
+    plain.load_state_dict({n: t for n, t in adapter.state_dict().items() if n != "scale"})
+    torch.testing.assert_close(adapter(x), plain(x))
+    adapter(x).square().sum().backward()
+    assert adapter.scale.grad.abs().min() > 0
+
+
+def test_own_residual():
+    adapter = BottleneckAdapter(20, 6, init_std=0.2, device=DEVICE)
+    x, residual = torch.randn(2, 7, 20, device=DEVICE)
+    torch.testing.assert_close(adapter(x, residual), adapter(x) - x + residual)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"bottleneck_size": 0}, "hidden_size 20 and bottleneck_size 0 must be at least 1"),
+        ({"hidden_size": 0}, "hidden_size 0 and bottleneck_size 6"),
+        ({"activation": "gelo"}, "unknown activation 'gelo'; known: gelu"),
+        ({"init_std": 0.0}, "init_std is 0.0, must be positive"),
+        ({"init_std": float("nan")}, "init_std is nan"),
+        ({"scale": "chanel"}, "unknown scale 'chanel'; known: a number, 'learned', 'channel'"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        BottleneckAdapter(**({"hidden_size": 20, "bottleneck_size": 6} | arguments))
+
+
+def test_copies_pickles_and_moves():
+    adapter = BottleneckAdapter(20, 6, init_std=0.2, scale="channel")
+    x = torch.randn(3, 20)
+    for other in (copy.deepcopy(adapter), pickle.loads(pickle.dumps(adapter))):
+        assert torch.equal(other(x), adapter(x)) and other.down.weight is not adapter.down.weight
+    half = adapter.to(torch.bfloat16)
+    assert half(x.bfloat16()).dtype == torch.bfloat16
+    assert BottleneckAdapter(20, 6, device="meta")(x.to("meta")).shape == (3, 20)
+
+
+def test_no_bias():
+    adapter = BottleneckAdapter(20, 6, bias=False, device=DEVICE)
+    assert list(adapter.state_dict()) == ["down.weight", "up.weight"]
+    assert adapter(torch.randn(3, 20, device=DEVICE)).shape == (3, 20)
+
+
+def test_gradient_checkpointing():
+    adapter = BottleneckAdapter(20, 6, init_std=0.2, device=DEVICE)
+    x = torch.randn(9, 20, device=DEVICE, requires_grad=True)
+    expected = torch.autograd.grad(adapter(x).square().sum(), [x, *adapter.parameters()])
+    for reentrant in (True, False):
+        y = torch.utils.checkpoint.checkpoint(adapter, x, use_reentrant=reentrant)
+        y.square().sum().backward()
+        found = [x.grad, *(p.grad for p in adapter.parameters())]
+        for f, e in zip(found, expected):
+            torch.testing.assert_close(f, e)
+        x.grad = None
+        adapter.zero_grad()
+
+
+def test_explain_and_repr():
+    adapter = BottleneckAdapter(20, 6, device=DEVICE)
+    x = torch.zeros(3, 20, device=DEVICE)
+    assert adapter.explain(x) == adapter_ops.explain(x, adapter.down.weight)
+    assert "activation=gelu, scale=1.0" in repr(adapter)
+    assert "scale=channel" in repr(BottleneckAdapter(20, 6, scale="channel"))
+
+
+def test_it_trains():
+    adapter = BottleneckAdapter(20, 6, init_std=0.1, device=DEVICE)
+    x = torch.randn(256, 20, device=DEVICE)
+    target = x + torch.tanh(x.roll(1, 1))
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=3e-2)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = (adapter(x) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
