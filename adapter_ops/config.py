@@ -1,0 +1,149 @@
+"""AdapterConfig: what an adapter is and where it goes; the paper's and AdapterHub's presets."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, Literal, Mapping
+
+from .kernels.activations import find_activation
+
+PLACES = ("attention", "ffn")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """An adapter for every layer of a model (Houlsby et al. 2019, §2.1), as plain data.
+
+    The defaults are the paper's: a bottleneck of 64 after the attention projection and after the feed-forward layer,
+    erf GELU, truncated normal with σ = 1e-2, LayerNorms trained with the task.
+
+    Args:
+        bottleneck: R, or a map from layer number (as a string) to R with a "default". Give this or
+            `reduction_factor`.
+        reduction_factor: R = max(1, int(hidden size / factor)), or a map as above.
+        placement: ("attention", "ffn"), either alone, or "parallel": beside the feed-forward layer, fed with its input.
+        activation: see `bottleneck_adapter`.
+        scale: a number, "learned" (one value) or "channel" (one per channel).
+        init: "houlsby" (truncated normal of `init_std`, zero biases), "bert" (normal, σ = 0.02, zero biases) or "mam"
+            (Kaiming-uniform down, zero up).
+        init_std: for "houlsby".
+        layer_norms: "train" (the task has its own copy of the base's normalisations, as in the paper) or "frozen".
+        norm: a normalisation inside the adapter, "layer" or "batch", or None.
+        norm_position: "before" (of the bottleneck's input; the residual stays as it is) or "after" (of the sum).
+        depth: bottlenecks in a row.
+        dropout: probability, on what the adapter adds to its residual.
+        leave_out: numbers of layers without adapters.
+        ln_before: the adapter reads what the layer's own LayerNorm makes of its input (AdapterHub's
+            `original_ln_before`); where no LayerNorm follows the sublayer, the sum with the skip connection.
+        ln_after: the layer's LayerNorm runs after the adapter (AdapterHub's `original_ln_after`).
+        residual: what the adapter adds to: "output" of the sublayer, or its own "input".
+
+    Raises:
+        ValueError: a field that is out of range or unknown, or both or neither of the two sizes.
+
+    >>> AdapterConfig(bottleneck=8).size(layer=0, hidden_size=768)
+    8
+    """
+
+    bottleneck: int | Mapping[str, int] | None = None
+    reduction_factor: float | Mapping[str, float] | None = None
+    placement: tuple[str, ...] | Literal["parallel"] = PLACES
+    activation: str = "gelu"
+    scale: float | Literal["learned", "channel"] = 1.0
+    init: Literal["houlsby", "bert", "mam"] = "houlsby"
+    init_std: float = 1e-2
+    layer_norms: Literal["train", "frozen"] = "train"
+    norm: Literal["layer", "batch"] | None = None
+    norm_position: Literal["before", "after"] = "before"
+    depth: int = 1
+    dropout: float = 0.0
+    leave_out: tuple[int, ...] = ()
+    ln_before: bool = False
+    ln_after: bool = True
+    residual: Literal["output", "input"] = "output"
+
+    def __post_init__(self) -> None:
+        if self.bottleneck is None and self.reduction_factor is None:
+            object.__setattr__(self, "bottleneck", 64)
+        if self.bottleneck is not None and self.reduction_factor is not None:
+            raise ValueError(
+                f"bottleneck {self.bottleneck} and reduction_factor {self.reduction_factor} are two ways to say one thing"
+            )
+        for name, least in (("bottleneck", 1), ("reduction_factor", 0)):
+            value = getattr(self, name)
+            sizes = value.values() if isinstance(value, Mapping) else () if value is None else (value,)
+            if not all(isinstance(s, (int, float)) and s >= least and s > 0 for s in sizes):
+                raise ValueError(f"{name} is {value}, expected numbers over {least - (least == 1)}")
+            if isinstance(value, Mapping) and "default" not in value:
+                raise ValueError(f"{name} {dict(value)} has no entry 'default'")
+        if isinstance(self.placement, list):  # JSON knows no tuples
+            object.__setattr__(self, "placement", tuple(self.placement))
+        object.__setattr__(self, "leave_out", tuple(self.leave_out))
+        places = (self.placement,) if isinstance(self.placement, str) else self.placement
+        if self.placement != "parallel" and (not places or not set(places) <= set(PLACES)):
+            raise ValueError(f"placement is {self.placement!r}, known: some of {PLACES}, or 'parallel'")
+        find_activation(self.activation)
+        if isinstance(self.scale, str):
+            self._known("scale", "learned", "channel")
+        self._known("init", "houlsby", "bert", "mam")
+        self._known("layer_norms", "train", "frozen")
+        self._known("norm", None, "layer", "batch")
+        self._known("norm_position", "before", "after")
+        self._known("residual", "output", "input")
+        if self.depth < 1:
+            raise ValueError(f"depth is {self.depth}, must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}, must be in [0, 1)")
+        if not self.init_std > 0:
+            raise ValueError(f"init_std is {self.init_std}, must be positive")
+
+    def _known(self, name: str, *known: Any) -> None:
+        if getattr(self, name) not in known:
+            raise ValueError(f"{name} is {getattr(self, name)!r}, known: {', '.join(map(repr, known))}")
+
+    def size(self, layer: int, hidden_size: int) -> int:
+        """The bottleneck of a layer."""
+        if self.bottleneck is not None:
+            return int(_of_layer(self.bottleneck, layer))
+        return max(1, int(hidden_size / _of_layer(self.reduction_factor, layer)))
+
+    def at(self, place: str, layer: int) -> bool:
+        """Whether a layer has an adapter at a place."""
+        places = ("ffn",) if self.placement == "parallel" else self.placement
+        return place in places and layer not in self.leave_out
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "AdapterConfig":
+        """The config that `to_json` wrote. Raises ValueError that names any field it does not know."""
+        fields = json.loads(text)
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(fields) - known):
+            raise ValueError(f"unknown fields {unknown}; known: {sorted(known)}")
+        return cls(**fields)
+
+
+def _of_layer(value: Any, layer: int) -> Any:
+    return value.get(str(layer), value["default"]) if isinstance(value, Mapping) else value
+
+
+# The paper's adapter, and AdapterHub's configs of the same names (seq_bn, par_bn and adapter_plus in its newer ones).
+PRESETS = {
+    "houlsby": AdapterConfig(bottleneck=64),
+    "pfeiffer": AdapterConfig(
+        reduction_factor=16,
+        placement=("ffn",),
+        activation="relu",
+        init="bert",
+        layer_norms="frozen",
+        ln_before=True,
+    ),
+    "parallel": AdapterConfig(
+        reduction_factor=2, placement="parallel", activation="relu", scale=4.0, init="mam", layer_norms="frozen"
+    ),
+    "adapter_plus": AdapterConfig(
+        reduction_factor=96, placement=("ffn",), scale="channel", layer_norms="frozen", ln_before=True, ln_after=False
+    ),
+}
