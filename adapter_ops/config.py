@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Mapping
+from typing import Any, Literal
 
 from .kernels.activations import find_activation
 
@@ -94,6 +95,8 @@ class AdapterConfig:
             raise ValueError(f"depth is {self.depth}, must be at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, must be in [0, 1)")
+        if not (self.ln_after or self.ln_before):
+            raise ValueError("ln_after=False without ln_before=True would leave the layer without its LayerNorm")
         if not self.init_std > 0:
             raise ValueError(f"init_std is {self.init_std}, must be positive")
 
@@ -105,7 +108,7 @@ class AdapterConfig:
         """The bottleneck of a layer."""
         if self.bottleneck is not None:
             return int(_of_layer(self.bottleneck, layer))
-        return max(1, int(hidden_size / _of_layer(self.reduction_factor, layer)))
+        return max(1, int(hidden_size // _of_layer(self.reduction_factor, layer)))
 
     def at(self, place: str, layer: int) -> bool:
         """Whether a layer has an adapter at a place."""
@@ -144,6 +147,12 @@ PRESETS = {
         reduction_factor=2, placement="parallel", activation="relu", scale=4.0, init="mam", layer_norms="frozen"
     ),
     "adapter_plus": AdapterConfig(
-        reduction_factor=96, placement=("ffn",), scale="channel", layer_norms="frozen", ln_before=True, ln_after=False
+        reduction_factor=96,
+        placement=("ffn",),
+        scale="channel",
+        layer_norms="frozen",
+        ln_before=True,
+        ln_after=False,
+        residual="input",
     ),
 }

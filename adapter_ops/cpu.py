@@ -5,6 +5,7 @@ backward. The two functions take what the launchers in `kernels/` take.
 """
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,13 +41,14 @@ def backward(
     dtype, parameter_dtype = z.dtype, w_down.dtype
     act = find_activation(options.activation)
     scaled = scale is not None or options.scale != 1.0
-    dx = dw_down = db_down = dw_up = db_up = dscale = None
+    dx: Any = None
+    dw_down, db_down, dw_up, db_up, dscale = dx, dx, dx, dx, dx
     g, x_dtype = dy, x.dtype
     if x_dtype != dtype or parameter_dtype != dtype or dy.dtype != dtype:
         x, g, w_down, w_up = x.to(dtype), dy.to(dtype), w_down.to(dtype), w_up.to(dtype)
     if needs.w_up or needs.scale:
         dw_up = _outer(g, act.eager(z))  # [D, R], without scale
-    if needs.b_up or needs.scale:
+    if needs.b_up or (needs.scale and b_up is not None):
         db_up = g.sum(0)  # [D], without scale
     if scaled:
         factor, column = _factors(scale, options)

@@ -120,7 +120,7 @@ def _reject(
     tensors: dict[str, Any] = {"x": x, "w_down": w_down, "b_down": b_down, "w_up": w_up, "b_up": b_up}
     tensors |= {"residual": residual, "scale": scale if isinstance(scale, Tensor) else None}
     for name, t in tensors.items():
-        if t is None and name in ("x", "w_down", "w_up") or t is not None and not isinstance(t, Tensor):
+        if (t is None and name in ("x", "w_down", "w_up")) or (t is not None and not isinstance(t, Tensor)):
             raise TypeError(f"{name} must be a tensor, not {type(t).__name__}")
         if t is not None and t.dtype not in DTYPES:
             raise TypeError(f"{name} has dtype {t.dtype}, expected one of {', '.join(sorted(map(str, DTYPES)))}")
@@ -138,7 +138,8 @@ def _reject(
         t = tensors[name]
         if t is not None and t.shape != shape:
             other = "x" if name == "residual" else "w_down"
-            raise ValueError(f"{name} has shape {tuple(t.shape)}, {other} {tuple(tensors[other].shape)} expects {shape}")
+            sides = f"{name} has shape {tuple(t.shape)}, {other} {tuple(tensors[other].shape)}"
+            raise ValueError(f"{sides} expects {shape}")
     if isinstance(scale, Tensor) and scale.numel() != 1 and scale.shape != (D,):
         raise ValueError(f"scale has shape {tuple(scale.shape)}, expected one element or {(D,)}, the hidden size of x")
     for name in ("w_up", "b_down", "b_up"):

@@ -76,8 +76,9 @@ class BottleneckAdapter(nn.Module):
         Raises ValueError where `up` does not undo `down`'s shape.
         """
         if (down.in_features, down.out_features) != (up.out_features, up.in_features):
-            raise ValueError(f"down maps {down.in_features} to {down.out_features}, "
-                             f"up maps {up.in_features} to {up.out_features}")
+            raise ValueError(
+                f"down maps {down.in_features} to {down.out_features}, up maps {up.in_features} to {up.out_features}"
+            )
         adapter = cls(down.in_features, down.out_features, activation=activation, scale=scale, device="meta")
         adapter.down, adapter.up = down, up
         return adapter

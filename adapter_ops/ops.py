@@ -7,7 +7,8 @@ differentiates the reference formula.
 
 import functools
 import os
-from typing import Any, Callable, NamedTuple, Optional
+from collections.abc import Callable
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -92,10 +93,13 @@ def adapter(x: Tensor, residual: Tensor | None, weights: Weights, activation: st
 
 
 def _reference(x: Tensor, residual: Tensor | None, weights: Weights, options: Options) -> Tensor:
-    *parameters, scale = weights
+    w_down, b_down, w_up, b_up, scale = weights
     return reference.bottleneck_adapter(
         x,
-        *parameters,
+        w_down,
+        b_down,
+        w_up,
+        b_up,
         activation=options.activation,
         scale=options.scale if scale is None else scale,
         residual=residual,
@@ -140,7 +144,7 @@ def _double_backward(
     """The six gradients once more, as differentiable functions of dy, x and the parameters."""
     # dy reaches x through the residual only where the residual is x.
     y = _reference(x, None if residual_is_x else torch.zeros_like(x), weights, options)
-    wanted = [t for t, need in zip((x, *weights), needs) if need]
+    wanted = [t for t, need in zip((x, *weights), needs) if need and t is not None]
     found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True) if wanted else ())
     return [next(found) if need else None for need in needs]
 

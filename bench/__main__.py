@@ -6,6 +6,7 @@ import statistics
 import torch
 
 from adapter_ops import explain
+from adapter_ops.ops import Path
 
 from .harness import Case, Shape, environment, gate, interleaved, runner
 
@@ -24,12 +25,15 @@ def main(argv: list[str] | None = None) -> None:
     dtypes = [getattr(torch, d) for d in args.dtypes.split(",")]
 
     print(environment())
-    print(f"{'M×D×R':>16} {'dtype':>9} {'mode':>6} {'error':>6} {'eager':>10} {'fused':>10} {'p20–p80':>17} {'speed-up':>9}")
+    paths: dict[Path, None] = {}
+    heads = {"M×D×R": 16, "dtype": 9, "mode": 6, "error": 6, "eager": 10, "fused": 10, "p20–p80": 17, "speed-up": 9}
+    print(" ".join(f"{name:>{width}}" for name, width in heads.items()))
     print("error: the worst of y and all gradients against fp64, as a multiple of eager's; over 2 is not timed")
     for shape in shapes:
         for dtype in dtypes:
             case = Case(shape, dtype, args.device)
             path = explain(case.x, case.adapter.down.weight)
+            paths[path] = None
             error = gate(case, "adapter_ops")
             for mode in args.modes.split(","):
                 head = f"{shape.M}×{shape.D}×{shape.R}"
@@ -44,7 +48,8 @@ def main(argv: list[str] | None = None) -> None:
                 eager, fused = (statistics.median(times[n]) * 1e3 for n in ("eager", "adapter_ops"))
                 deciles = [1e3 * q for q in statistics.quantiles(times["adapter_ops"], n=10)]
                 print(head, f"{eager:8.3f}ms {fused:8.3f}ms {deciles[1]:8.3f}–{deciles[7]:<8.3f} {eager / fused:8.2f}×")
-    print(f"path: {path.name}, because {path.reason}")
+    for path in paths:
+        print(f"path: {path.name}, because {path.reason}")
 
 
 if __name__ == "__main__":

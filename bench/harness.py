@@ -2,8 +2,8 @@
 
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +97,8 @@ def interleaved(runs: dict[str, Callable[[], None]], seconds: float, inner: int 
             start = time.perf_counter()
             for _ in range(inner):
                 run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             times[name].append((time.perf_counter() - start) / inner)
     return times
 

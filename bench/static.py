@@ -23,7 +23,7 @@ from triton.runtime import driver
 from adapter_ops.kernels import backward, forward, launch
 from adapter_ops.kernels.launch import Facts, Needs, Options, Weights
 
-# compute capability -> shared memory a program may have, in bytes (CUDA C++ Programming Guide, technical specifications)
+# compute capability -> bytes of shared memory a program may have (CUDA C++ Programming Guide, specifications)
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 KERNELS = (forward.forward_kernel, backward.dz_kernel, backward.weights_kernel, backward.reduce_kernel)
 TENSOR_CORE = r"\b(UTC\w*MMA|HGMMA|HMMA)\b"
@@ -115,7 +115,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     bad = 0
     print(f"triton {triton.__version__}")
-    print(f"{'arch':>5} {'dtype':>9} {'D':>5} {'R':>4} {'kernel':>15} {'regs':>5} {'spilled':>8} {'shared':>7}  tensor core")
+    heads = {"arch": 5, "dtype": 9, "D": 5, "R": 4, "kernel": 15, "regs": 5, "spilled": 8, "shared": 7}
+    print(" ".join(f"{name:>{width}}" for name, width in heads.items()), " tensor core")
     for arch in map(int, args.arch.split(",")):
         for dtype in args.dtype.split(","):
             for D in map(int, args.hidden.split(",")):

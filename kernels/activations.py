@@ -7,8 +7,9 @@ Both work elementwise on a tile of fp32 (or fp64, in the interpreter). To add an
 and add one line to ACTIVATIONS.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F

@@ -141,7 +141,9 @@ def weights_kernel(
         mask_md = mask_m[:, None] & mask_d[None, :]
         mask_mr = mask_m[:, None] & mask_r[None, :]
         if NEED_DY:
-            dy = tl.load(dy_ptr + row * stride_dym + offs_m[:, None] * stride_dym + offs_d[None, :], mask=mask_md, other=0.0)
+            dy = tl.load(  # [BLOCK_M, BLOCK_D]
+                dy_ptr + row * stride_dym + offs_m[:, None] * stride_dym + offs_d[None, :], mask=mask_md, other=0.0
+            )
         if NEED_DZ:
             dz = tl.load(dz_ptr + row * R + offs_mr, mask=mask_mr, other=0.0).to(DOT)  # [BLOCK_M, BLOCK_R]
         if dx_ptr is not None:
@@ -156,7 +158,9 @@ def weights_kernel(
             else:
                 up = tl.dot(dy.to(DOT).T, h, up, out_dtype=ACC, input_precision=PRECISION)
         if down_partial_ptr is not None:
-            x = tl.load(x_ptr + row * stride_xm + offs_m[:, None] * stride_xm + offs_d[None, :], mask=mask_md, other=0.0)
+            x = tl.load(  # [BLOCK_M, BLOCK_D]
+                x_ptr + row * stride_xm + offs_m[:, None] * stride_xm + offs_d[None, :], mask=mask_md, other=0.0
+            )
             if R_FIRST:
                 down = tl.dot(dz.T, x.to(DOT), down, out_dtype=ACC, input_precision=PRECISION)
             else:

@@ -21,8 +21,8 @@ class Config:
 
 
 # TABLE[tensor-core generation, bytes an element][kernel][R rounded up to a power of two]
-# Generation 8: mma, 99 KB of shared memory (sm_80, sm_86, sm_89, sm_120). Generation 9: wgmma or later, 227 KB.
-# wgmma needs a tile side of 64 or more in front; at R = 256 dz keeps to that and spills 40 bytes outside its loop.
+# Generation 8: mma, 99 KB of shared memory (sm_80, sm_86, sm_89, sm_120). 9: wgmma, 227 KB; it needs a tile side of 64
+# or more in front, and at R = 256 dz keeps to that and spills 40 bytes outside its loop. 10: tcgen05, 227 KB.
 TABLE: dict[tuple[int, int], dict[str, dict[int, Config]]] = {
     (8, 2): {
         "forward": {
@@ -79,7 +79,7 @@ TABLE: dict[tuple[int, int], dict[str, dict[int, Config]]] = {
         "weights": {
             64: Config(64, 128, 8, 3),
             128: Config(64, 64, 8, 3),
-            256: Config(32, 64, 8, 3),
+            256: Config(64, 32, 16, 3),
         },
     },
     (9, 4): {
@@ -102,6 +102,11 @@ TABLE: dict[tuple[int, int], dict[str, dict[int, Config]]] = {
         },
     },
 }
+TABLE[10, 2] = TABLE[9, 2] | {
+    "dz": TABLE[9, 2]["dz"] | {256: Config(64, 64, 8, 2)},
+    "weights": TABLE[9, 2]["weights"] | {256: Config(64, 64, 8, 2)},
+}
+TABLE[10, 4] = TABLE[9, 4] | {"forward": TABLE[9, 4]["forward"] | {64: Config(128, 32, 8, 2)}}
 # The reduction has no dot and no rows of tokens: one entry serves every card.
 REDUCE = {32: Config(0, 8, 4, 1), 256: Config(0, 4, 4, 1)}
 
@@ -121,7 +126,7 @@ def choose(kernel: str, D: int, R: int, dtype: torch.dtype, capability: tuple[in
     if kernel == "reduce":
         rows = REDUCE
     else:
-        generation = 9 if capability[0] in (9, 10, 11) else 8
+        generation = {9: 9, 10: 10, 11: 10}.get(capability[0], 8)
         rows = TABLE[generation, min(4, dtype.itemsize)][kernel]
     config = rows[min(r for r in rows if r >= block_r(R))]
     columns = min(config.BLOCK_D, max(16, triton.next_power_of_2(D)))

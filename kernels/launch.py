@@ -2,7 +2,8 @@
 
 import contextlib
 import functools
-from typing import Any, ContextManager, NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -42,7 +43,12 @@ class Needs(NamedTuple):
     scale: bool
 
 
-TL_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
+TL_DTYPE = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
 
 
 @triton.jit
@@ -66,10 +72,11 @@ def facts(device: torch.device) -> Facts:
     """Facts of a GPU; the interpreter takes the configs of Hopper, with few multiprocessors."""
     if INTERPRETED:
         return Facts((9, 0), 8)
-    return Facts(torch.cuda.get_device_capability(device), torch.cuda.get_device_properties(device).multi_processor_count)
+    properties = torch.cuda.get_device_properties(device)
+    return Facts((properties.major, properties.minor), properties.multi_processor_count)
 
 
-def device_guard(x: Tensor) -> ContextManager[Any]:
+def device_guard(x: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be x's."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)

@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-from adapter_ops import ops  # noqa: E402
+from adapter_ops import ops
 
 PATHS = {"triton": ops._INTERPRETER, "cpu": ops._CPU, "reference": ops._FUNC}
 

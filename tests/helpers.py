@@ -62,9 +62,7 @@ class Call:
     def gradients(self, function=bottleneck_adapter, wanted=None, dtype=None) -> dict[str, Tensor]:
         """y and the gradient of each wanted input (all of them by default), with every other input frozen."""
         wanted = list(self.inputs) if wanted is None else wanted
-        inputs = {
-            n: t.detach().to(dtype or t.dtype).requires_grad_(n in wanted) for n, t in self.inputs.items()
-        }
+        inputs = {n: t.detach().to(dtype or t.dtype).requires_grad_(n in wanted) for n, t in self.inputs.items()}
         y = self(function, **inputs)
         dy = self.dy.to(dtype or y.dtype)
         found = torch.autograd.grad(y, [inputs[n] for n in wanted], dy) if wanted else ()

@@ -42,5 +42,5 @@ def test_aliases_are_known_and_new():
 
 @pytest.mark.parametrize("name", ["gelo", "", None])
 def test_unknown(name):
-    with pytest.raises(ValueError, match="unknown activation .*; known: gelu, gelu_tanh.*swish"):
+    with pytest.raises(ValueError, match=r"unknown activation .*; known: gelu, gelu_tanh.*swish"):
         find_activation(name)

@@ -63,6 +63,6 @@ def test_every_default_config_compiles(arch, dtype, parameter_dtype, sizes):
     assert len(found) == 4 * len(sizes)
     for kernel in found:
         assert kernel["shared"] <= SHARED_LIMIT[arch], kernel
-        assert kernel["spilled"] <= 128, kernel  # a handful at the edges of a kernel, none in a loop
+        assert kernel["spilled"] <= 40, kernel  # the one entry that kernels/configs.py names, outside its loop
         if dtype != "float32" and kernel["kernel"] != "reduce_kernel":
             assert kernel["tensor_core"], kernel

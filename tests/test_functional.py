@@ -30,11 +30,11 @@ BAD = [
     ({"residual": torch.zeros(2, 768)}, ValueError, r"residual has shape \(2, 768\), x \(2, 3, 768\) expects"),
     ({"scale": torch.zeros(5)}, ValueError, r"scale has shape \(5,\), expected one element or \(768,\)"),
     ({"x": torch.tensor(1.0)}, ValueError, "x has no dimensions"),
-    ({"activation": "gelo"}, ValueError, "unknown activation 'gelo'; known: gelu, .*quick_gelu.*gelu_new"),
+    ({"activation": "gelo"}, ValueError, r"unknown activation 'gelo'; known: gelu, .*quick_gelu.*gelu_new"),
     ({"x": torch.zeros(2, 768, dtype=torch.int64)}, TypeError, "x has dtype torch.int64, expected one of"),
     ({"w_down": torch.zeros(64, 768, dtype=torch.int8)}, TypeError, "w_down has dtype torch.int8"),
     ({"residual": torch.zeros(2, 3, 768, dtype=torch.complex64)}, TypeError, "residual has dtype torch.complex64"),
-    ({"b_up": torch.zeros(768, dtype=torch.float16)}, TypeError, "b_up has dtype torch.float16, w_down has torch.float32"),
+    ({"b_up": torch.zeros(768).half()}, TypeError, "b_up has dtype torch.float16, w_down has torch.float32"),
     ({"w_up": None}, TypeError, "w_up must be a tensor, not NoneType"),
     ({"x": [1.0]}, TypeError, "x must be a tensor, not list"),
 ]

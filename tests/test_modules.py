@@ -25,7 +25,8 @@ class Houlsby(nn.Module):
 
 def test_state_dict_moves_both_ways():
     unfused, adapter = Houlsby(20, 6).to(DEVICE), BottleneckAdapter(20, 6, device=DEVICE)
-    assert {n: t.shape for n, t in adapter.state_dict().items()} == {n: t.shape for n, t in unfused.state_dict().items()}
+    shapes = [{n: t.shape for n, t in m.state_dict().items()} for m in (adapter, unfused)]
+    assert shapes[0] == shapes[1]
     adapter.load_state_dict(unfused.state_dict())
     x = torch.randn(4, 3, 20, device=DEVICE)
     torch.testing.assert_close(adapter(x), unfused(x))

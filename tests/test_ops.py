@@ -334,7 +334,7 @@ def test_required_path(monkeypatch):
     monkeypatch.setenv("ADAPTER_OPS_REQUIRE", "reference")
     assert explain(x, w).name == "reference"
     monkeypatch.setenv("ADAPTER_OPS_REQUIRE", "triton")
-    with pytest.raises(RuntimeError, match="ADAPTER_OPS_REQUIRE=triton.*'reference'.*device type 'meta'"):
+    with pytest.raises(RuntimeError, match=r"ADAPTER_OPS_REQUIRE=triton.*'reference'.*device type 'meta'"):
         bottleneck_adapter(x, w, None, w.t(), None)
 
 

@@ -1,9 +1,12 @@
-"""Where each model family of Hugging Face transformers takes its adapters. One table; nothing here imports it.
+"""Where each model family of Hugging Face transformers takes its adapters: one table, and no import of that package.
 
 A sublayer (attention or feed-forward) turns its input r into h, and the model goes on with h + r. Post-norm families
-normalise that sum, pre-norm families normalise r on its way in.
+normalise that sum, pre-norm families normalise r on its way in. Any other model says where by patterns of module names.
 """
 
+import difflib
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,10 +14,10 @@ from torch import nn
 
 
 class Place(NamedTuple):
-    """One sublayer, by module paths below its layer."""
+    """One sublayer, by module paths below its layer (in FAMILIES) or by patterns (in `find_sites`)."""
 
-    output: str  # the module whose output is h
-    entry: str  # the module whose first argument is r
+    output: str  # the module whose output is h, or a tuple that starts with h; called once a forward
+    entry: str | None = None  # the module whose first argument is r; only "parallel" and pre-norm ln_before need it
     norm: str | None = None  # the normalisation of h + r; None in pre-norm families
 
 
@@ -27,11 +30,46 @@ class Stack:
     ffn: Place
 
 
+# h is taken after its dropout where that is a module of its own, else (marked "before dropout") where it is projected.
 _BERT = Stack(
     "encoder.layer",
     Place("attention.output.dropout", "attention.self", "attention.output.LayerNorm"),
     Place("output.dropout", "intermediate", "output.LayerNorm"),
 )
+_DISTILBERT = Stack(
+    "transformer.layer",
+    Place("attention.out_lin", "attention", "sa_layer_norm"),
+    Place("ffn.dropout", "ffn.lin1", "output_layer_norm"),  # not "ffn", which may go over the sequence in chunks
+)
+_MODERNBERT = Stack("layers", Place("attn", "attn_norm"), Place("mlp", "mlp_norm"))
+_GPT2 = Stack("h", Place("attn.resid_dropout", "ln_1"), Place("mlp.dropout", "ln_2"))
+_LLAMA = Stack(
+    "layers", Place("self_attn.o_proj", "input_layernorm"), Place("mlp.down_proj", "post_attention_layernorm")
+)
+_T5 = (
+    Stack(
+        "encoder.block",
+        Place("layer.0.dropout", "layer.0.layer_norm"),
+        Place("layer.1.dropout", "layer.1.layer_norm"),
+    ),
+    Stack(  # layer.1 is the attention to the encoder
+        "decoder.block",
+        Place("layer.0.dropout", "layer.0.layer_norm"),
+        Place("layer.2.dropout", "layer.2.layer_norm"),
+    ),
+)
+_BART = Stack(  # before dropout
+    "layers",
+    Place("self_attn.out_proj", "self_attn", "self_attn_layer_norm"),
+    Place("fc2", "fc1", "final_layer_norm"),
+)
+_WHISPER = Stack(  # before dropout
+    "layers", Place("self_attn.out_proj", "self_attn_layer_norm"), Place("fc2", "final_layer_norm")
+)
+_VIT = Stack(  # before dropout: one dropout module serves both sublayers
+    "layers", Place("attention.o_proj", "layernorm_before"), Place("mlp.fc2", "layernorm_after")
+)
+_CLIP = Stack("encoder.layers", Place("self_attn.out_proj", "layer_norm1"), Place("mlp.fc2", "layer_norm2"))
 
 # config.model_type -> its stacks of layers
 FAMILIES: dict[str, tuple[Stack, ...]] = {
@@ -40,7 +78,26 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "xlm-roberta": (_BERT,),
     "camembert": (_BERT,),
     "electra": (_BERT,),
+    "deberta-v2": (_BERT,),
+    "distilbert": (_DISTILBERT,),
+    "modernbert": (_MODERNBERT,),
+    "gpt2": (_GPT2,),
+    "llama": (_LLAMA,),
+    "mistral": (_LLAMA,),
+    "qwen2": (_LLAMA,),
+    "qwen3": (_LLAMA,),
+    "gemma": (_LLAMA,),
+    "t5": _T5,
+    "bart": (_BART,),
+    "whisper": (_WHISPER,),
+    "vit": (_VIT,),
+    "clip": (_CLIP,),
+    "clip_text_model": (_CLIP,),
+    "clip_vision_model": (_CLIP,),
 }
+
+# What heads are called in the classes that have no child for their base model (of T5, Whisper and CLIP)
+_HEADS = ("classifier", "lm_head", "projector", "qa_outputs")
 
 
 class Site(NamedTuple):
@@ -50,46 +107,112 @@ class Site(NamedTuple):
     layer: int
     place: str  # "attention" or "ffn"
     output: str
-    entry: str
+    entry: str | None
     norm: str | None
     hidden_size: int
 
 
-def find_sites(model: nn.Module) -> list[Site]:
-    """Every place of the model that can take an adapter, in order of the layers.
+def find_sites(model: nn.Module, places: Mapping[str, str | Place] | None = None) -> list[Site]:
+    """Every place of the model that can take an adapter, in the order of its modules.
 
-    Raises ValueError, with the known families, for a model that is not of one of them.
+    Args:
+        model: of a family in FAMILIES, or any module if `places` are given.
+        places: "attention", "ffn" or both → a pattern of the output's module name, or a Place of patterns. A pattern
+            is the end of a module's path with `*` for the number of the layer: "blocks.*.attn.proj".
+
+    Raises:
+        ValueError: a model of no known family without `places`; a key other than these two; a pattern without `*`,
+            with two, or that no module matches; a place whose hidden size cannot be told.
     """
+    if places is not None:
+        if not places or not set(places) <= {"attention", "ffn"}:
+            raise ValueError(f"places has keys {list(places)}, expected 'attention', 'ffn' or both")
+        patterns = {name: Place(p) if isinstance(p, str) else p for name, p in places.items()}
+        sites = _match(model, patterns)
+        for name in set(patterns) - {site.place for site in sites}:
+            raise _unmatched(model, patterns[name].output)
+        return sites
     family = getattr(getattr(model, "config", None), "model_type", None)
     if family not in FAMILIES:
-        raise ValueError(f"no places known for model type {family!r}; known: {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"no places known for model type {family!r}; known: {', '.join(FAMILIES)}; "
+            "for any other model give places=, patterns of module names"
+        )
     sites = []
     for stack in FAMILIES[family]:
-        for path, module in model.named_modules():
-            if isinstance(module, nn.ModuleList) and f".{path}".endswith(f".{stack.layers}"):
-                for i in range(len(module)):
-                    for name, place in (("attention", stack.attention), ("ffn", stack.ffn)):
-                        paths = [None if p is None else f"{path}.{i}.{p}" for p in place]
-                        size = _hidden_size(model, paths)
-                        sites.append(Site(f"{path}.{i}.{name}", i, name, *paths, size))  # type: ignore[arg-type]
+        both = {"attention": stack.attention, "ffn": stack.ffn}
+        patterns = {n: Place._make(p and f"{stack.layers}.*.{p}" for p in place) for n, place in both.items()}
+        sites += _match(model, patterns)
+    if not sites:
+        raise _unmatched(model, FAMILIES[family][0].layers + ".*")
     return sites
 
 
-def _hidden_size(model: nn.Module, paths: list[str | None]) -> int:
-    """From the normalisation of the place if it has one, else from the config."""
-    if paths[2] is not None:
-        return model.get_submodule(paths[2]).weight.shape[0]  # type: ignore[union-attr,operator,index,return-value]
-    return model.config.hidden_size  # type: ignore[union-attr,return-value]
+def _match(model: nn.Module, places: Mapping[str, Place]) -> list[Site]:
+    """The sites at the modules that patterns match."""
+    for pattern in (p for place in places.values() for p in place if p is not None):
+        if pattern.count("*") != 1:
+            raise ValueError(f"pattern {pattern!r} must hold one '*', for the number of the layer")
+    paths = dict(model.named_modules())
+    sites = []
+    for path in paths:
+        for name, place in places.items():
+            before, after = map(re.escape, place.output.split("*"))
+            if match := re.fullmatch(rf"((?:.*\.)?)({before})(\d+){after}", path):
+                prefix, start, layer = match.groups()
+                there = Place._make(p and prefix + p.replace("*", layer) for p in place)
+                if missing := [p for p in there if p and p not in paths]:
+                    raise _unmatched(model, missing[0])
+                size = _hidden_size(model, there)
+                sites.append(Site(f"{prefix}{start}{layer}.{name}", int(layer), name, *there, size))
+    return sites
+
+
+def _unmatched(model: nn.Module, pattern: str) -> ValueError:
+    names = [path for path, _ in model.named_modules() if path]
+    near = difflib.get_close_matches(pattern, names, n=4, cutoff=0)
+    return ValueError(f"no module of {type(model).__name__} matches {pattern!r}; it has: {', '.join(near)}")
+
+
+def _hidden_size(model: nn.Module, place: Place) -> int:
+    """D, from the place's own modules: a model may have towers of several sizes, so its config cannot tell."""
+    for path in (place.norm, place.entry):
+        weight = getattr(model.get_submodule(path), "weight", None) if path else None
+        if weight is not None and weight.dim() == 1:
+            return weight.shape[0]
+    module = model.get_submodule(place.output)
+    linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
+    # The skip connection wants as many channels out as in; where the two ends disagree, the order tells nothing.
+    if linears and (linears[0] is module or linears[0].in_features == linears[-1].out_features):
+        return linears[-1].out_features
+    raise ValueError(
+        f"cannot tell the hidden size at {place.output!r}: give the sublayer's last nn.Linear as its output, or the "
+        "normalisation next to it as entry (in front) or norm (behind)"
+    )
 
 
 def find_norms(model: nn.Module) -> list[str]:
-    """Paths of the base's normalisations: LayerNorm and the RMSNorm classes of the families."""
-    return [n for n, m in model.named_modules() if isinstance(m, nn.LayerNorm) or type(m).__name__.endswith("RMSNorm")]
+    """Paths of the base's normalisations: LayerNorm and RMSNorm, by class name where a family has its own."""
+    kinds = ("LayerNorm", "RMSNorm")
+    return [n for n, m in model.named_modules() if isinstance(m, nn.LayerNorm) or type(m).__name__.endswith(kinds)]
 
 
 def find_heads(model: nn.Module) -> list[str]:
-    """Paths of the modules on top of the base, such as a classifier; none where the model is the bare base."""
+    """Paths of the modules on top of the base, such as a classifier; none where the model is the bare base.
+
+    A module that shares a parameter with the base, such as an lm_head tied to the embeddings, is no head: it could not
+    be a task's without the base being so. Of a head with such a module inside, the other children are given.
+    """
+    children = dict(model.named_children())
     base = getattr(model, "base_model_prefix", "")
-    if not base or not hasattr(model, base):
-        return []
-    return [n for n, m in model.named_children() if n != base and any(True for _ in m.parameters())]
+    heads = [n for n in children if (n != base if base in children else n in _HEADS)]
+    shared = {id(p) for n, child in children.items() if n not in heads for p in child.parameters()}
+    return [path for n in heads for path in _without(shared, n, children[n])]
+
+
+def _without(shared: set[int], path: str, module: nn.Module) -> list[str]:
+    """Paths, from this one down, of the largest modules with parameters none of which is shared."""
+    parameters = {id(p) for p in module.parameters()}
+    if not parameters & shared:
+        return [path] if parameters else []
+    return [p for n, child in module.named_children() for p in _without(shared, f"{path}.{n}", child)]

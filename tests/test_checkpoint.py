@@ -1,0 +1,227 @@
+"""save_adapter and load_adapter: what comes back, and what a bad folder does to the model (nothing)."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_inject import STRONG, bert, logits, step
+from torch import nn
+from transformers import BertModel
+
+from adapter_ops import (
+    AdapterConfig,
+    add_adapter,
+    checkpoint,
+    delete_adapter,
+    load_adapter,
+    save_adapter,
+    set_active_adapter,
+    train_adapter,
+)
+
+
+@pytest.fixture(autouse=True)
+def aten(use_path):
+    use_path("cpu")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A trained model, its outputs, and the folder of its task."""
+    model = bert()
+    add_adapter(model, "t", STRONG)
+    step(model)
+    save_adapter(model, tmp_path / "t", "t")
+    return model, logits(model), tmp_path / "t"
+
+
+def fresh(model):
+    """A model with the same base, as it was before any task."""
+    twin = bert()
+    set_active_adapter(model, None)
+    twin.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("adapter_ops")})
+    return twin
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        STRONG,
+        AdapterConfig(bottleneck={"1": 7, "default": 2}, scale="channel", norm="batch", depth=2, init_std=0.3),
+        AdapterConfig(reduction_factor=4, layer_norms="frozen", placement="parallel", leave_out=(1,), init_std=0.3),
+        "pfeiffer",
+    ],
+    ids=str,
+)
+def test_a_fresh_base_gives_the_same_outputs(tmp_path, config):
+    model = bert()
+    add_adapter(model, "t", config)
+    model.train()
+    step(model)
+    model.eval()
+    expected = logits(model)
+    set_active_adapter(model, None)
+    save_adapter(model, tmp_path, "t")
+    twin = fresh(model)
+    base = logits(twin)
+    assert load_adapter(twin, tmp_path, "other") == "other"
+    assert torch.equal(logits(twin), expected)
+    train_adapter(twin, "other")
+    step(twin)
+    set_active_adapter(twin, None)
+    assert torch.equal(logits(twin), base)
+    assert sorted(os.listdir(tmp_path)) == ["adapter.safetensors", "adapter_config.json"]
+
+
+def test_three_tasks_on_one_base(tmp_path):
+    model, outputs = bert(), {}
+    for name in ("a", "b", "c"):
+        add_adapter(model, name, STRONG)
+        step(model)
+        outputs[name] = logits(model)
+        save_adapter(model, tmp_path / name, name)
+    twin = fresh(model)
+    for name in ("c", "a", "b"):
+        load_adapter(twin, tmp_path / name)
+    for name, expected in outputs.items():
+        set_active_adapter(twin, name)
+        assert torch.equal(logits(twin), expected)
+
+
+def test_without_the_head(saved):
+    model, _, folder = saved
+    set_active_adapter(model, None)
+    bare = bert(BertModel)
+    bare.load_state_dict(model.bert.state_dict())
+    with pytest.raises(ValueError, match=r"BertModel has no modules \['classifier'\]"):
+        load_adapter(bare, folder)
+    load_adapter(bare, folder, modules=())
+    set_active_adapter(model, "t")
+    with torch.no_grad():
+        assert torch.equal(bare(TOKENS := torch.arange(14).view(2, 7))[0], model.bert(TOKENS)[0])
+
+
+def test_saving_again_replaces(saved):
+    model, _, folder = saved
+    step(model)
+    save_adapter(model, folder, "t")
+    expected = logits(model)
+    twin = fresh(model)
+    load_adapter(twin, folder)
+    assert torch.equal(logits(twin), expected)
+
+
+def test_an_interrupted_save_leaves_the_old_files(saved, monkeypatch):
+    model, expected, folder = saved
+    step(model)
+    monkeypatch.setattr(checkpoint.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save_adapter(model, folder, "t")
+    monkeypatch.undo()
+    assert sorted(os.listdir(folder)) == ["adapter.safetensors", "adapter_config.json"]
+    twin = fresh(model)
+    checkpoint.load_adapter(twin, folder)
+    twin.eval()
+    torch.testing.assert_close(logits(twin), expected)
+
+
+def edit_config(**changes):
+    def edit(folder):
+        file = folder / "adapter_config.json"
+        header = json.loads(file.read_text())
+        for key, value in changes.items():
+            header[key] = header[key] | value if isinstance(value, dict) else value
+        file.write_text(json.dumps(header))
+        weights = load_file(folder / "adapter.safetensors")
+        save_file(weights, folder / "adapter.safetensors", metadata={"adapter_config": json.dumps(header)})
+
+    return edit
+
+
+def edit_weights(change):
+    def edit(folder):
+        weights = load_file(folder / "adapter.safetensors")
+        change(weights)
+        save_file(weights, folder / "adapter.safetensors")
+
+    return edit
+
+
+def truncate(folder):
+    file = folder / "adapter.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+KEY = "adapters.encoder.layer.0.ffn.bottlenecks.0.down.weight"
+DAMAGE = {
+    "truncated": (truncate, ValueError, "adapter.safetensors is damaged"),
+    "no weights": (lambda f: (f / "adapter.safetensors").unlink(), FileNotFoundError, "has no adapter.safetensors"),
+    "no config": (lambda f: (f / "adapter_config.json").unlink(), FileNotFoundError, "has no adapter_config.json"),
+    "no JSON": (lambda f: (f / "adapter_config.json").write_text("{"), ValueError, "is no JSON"),
+    "other JSON": (lambda f: (f / "adapter_config.json").write_text("{}"), ValueError, "is not of adapter_ops' format"),
+    "missing key": (edit_weights(lambda w: w.pop(KEY)), ValueError, f"lacks 1 of .* keys: {KEY}"),
+    "surplus key": (edit_weights(lambda w: w.update(x=torch.ones(1))), ValueError, "has unknown 1 of .* keys: x"),
+    "wrong shape": (
+        edit_weights(lambda w: w.update({KEY: torch.ones(4, 31)})),
+        ValueError,
+        rf"{KEY} has shape \(4, 31\), the model \(4, 32\)",
+    ),
+    "other type": (edit_config(base={"model_type": "gpt2"}), ValueError, "saved from a base with .*gpt2.* this model"),
+    "other config": (edit_config(config={"bottleneck": -1}), ValueError, "bottleneck is -1"),
+    "unknown field": (edit_config(config={"botleneck": 1}), ValueError, "unknown fields"),
+}
+
+
+@pytest.mark.parametrize("damage, error, message", DAMAGE.values(), ids=DAMAGE)
+def test_a_bad_folder_changes_nothing(saved, damage, error, message):
+    model, _, folder = saved
+    for twin in (fresh(model), fresh(model)):
+        add_adapter(twin, "mine", STRONG)
+        state = {k: t.clone() for k, t in twin.state_dict().items()}
+        trainable = [p.requires_grad for p in twin.parameters()]
+        expected = logits(twin)
+        if error is not None and (folder / "adapter_config.json").exists():
+            damage_once, damage = damage, lambda f: None
+            damage_once(folder)
+        with pytest.raises(error, match=message):
+            load_adapter(twin, folder)
+        found = twin.state_dict()
+        assert list(found) == list(state) and all(torch.equal(found[k], t) for k, t in state.items())
+        assert [p.requires_grad for p in twin.parameters()] == trainable and torch.equal(logits(twin), expected)
+
+
+@pytest.mark.parametrize("changes", [{"hidden_size": 16}, {"num_hidden_layers": 2}], ids=str)
+def test_another_architecture(saved, changes):
+    twin = bert(**changes)
+    with pytest.raises(ValueError, match="was saved from a base with .*this model has"):
+        load_adapter(twin, saved[2])
+    assert not hasattr(twin, "adapter_ops")
+
+
+def test_a_name_that_is_taken(saved):
+    model, expected, folder = saved
+    with pytest.raises(ValueError, match="already has an adapter 't'"):
+        load_adapter(model, folder)
+    assert torch.equal(logits(model), expected)
+    delete_adapter(model, "t")
+    load_adapter(model, folder)
+    assert torch.equal(logits(model), expected)
+
+
+def test_any_module(tmp_path):
+    """Places given by patterns: the same patterns load again."""
+
+    def build():
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Linear(8, 8), nn.Sequential(*(nn.Sequential(nn.Linear(8, 8)) for _ in range(2))))
+
+    places = {"ffn": "1.*.0"}
+    model, x = build(), torch.randn(4, 8)
+    add_adapter(model, "t", STRONG, places=places)
+    expected = model(x)
+    save_adapter(model, tmp_path, "t")
+    twin = build()
+    load_adapter(twin, tmp_path, places=places)
+    assert torch.equal(twin(x), expected)
