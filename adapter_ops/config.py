@@ -68,7 +68,7 @@ class AdapterConfig:
             object.__setattr__(self, "bottleneck", 64)
         if self.bottleneck is not None and self.reduction_factor is not None:
             raise ValueError(
-                f"bottleneck {self.bottleneck} and reduction_factor {self.reduction_factor} are two ways to say one thing"
+                f"bottleneck {self.bottleneck} and reduction_factor {self.reduction_factor}: give one of the two"
             )
         for name, least in (("bottleneck", 1), ("reduction_factor", 0)):
             value = getattr(self, name)

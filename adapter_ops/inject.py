@@ -281,9 +281,9 @@ def belongings(
     model: nn.Module, config: AdapterConfig, modules: Iterable[str] | None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Paths of the modules and of the normalisations that a task has beside its adapters; see `add_adapter`."""
-    heads = (
-        tuple(p for p in find_heads(model) if not p.startswith("adapter_ops")) if modules is None else tuple(modules)
-    )
+    if modules is None:
+        modules = (path for path in find_heads(model) if not path.startswith("adapter_ops"))
+    heads = tuple(modules)
     paths = {path for path, _ in model.named_modules()}
     if missing := [path for path in heads if path not in paths]:
         raise ValueError(f"{type(model).__name__} has no modules {missing}")

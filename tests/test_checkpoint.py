@@ -195,7 +195,7 @@ def test_a_bad_folder_changes_nothing(saved, damage, error, message):
 @pytest.mark.parametrize("changes", [{"hidden_size": 16}, {"num_hidden_layers": 2}], ids=str)
 def test_another_architecture(saved, changes):
     twin = bert(**changes)
-    with pytest.raises(ValueError, match="was saved from a base with .*this model has"):
+    with pytest.raises(ValueError, match=r"was saved from a base with .*this model has"):
         load_adapter(twin, saved[2])
     assert not hasattr(twin, "adapter_ops")
 

@@ -329,7 +329,7 @@ def test_unknown_names_and_models():
     "fields, message",
     [
         ({"bottleneck": 0}, "bottleneck is 0"),
-        ({"bottleneck": 4, "reduction_factor": 2}, "two ways"),
+        ({"bottleneck": 4, "reduction_factor": 2}, "give one of the two"),
         ({"reduction_factor": -1.0}, "reduction_factor is -1.0"),
         ({"bottleneck": {"1": 4}}, "no entry 'default'"),
         ({"placement": ("mlp",)}, "placement is"),
