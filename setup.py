@@ -21,6 +21,6 @@ setup(
     extras_require={
         "demo": demo,
         "bench": bench,
-        "test": [*demo, *bench, "pytest", "hypothesis", "ruff", "mypy"],
+        "test": [*demo, *bench, "pytest", "hypothesis", "ruff", "mypy", "setuptools"],
     },
 )

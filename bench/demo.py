@@ -7,10 +7,18 @@ import matplotlib
 import torch
 import transformers
 
-from adapter_ops import AdapterConfig, BottleneckAdapter, add_adapter, explain
+from adapter_ops import (
+    AdapterConfig,
+    BottleneckAdapter,
+    add_adapter,
+    explain,
+    load_adapter,
+    save_adapter,
+    set_active_adapter,
+)
 
 from . import __main__ as bench
-from .finetune import Classifier, Run, finetune, load_data, load_model
+from .finetune import Classifier, Run, accuracy, batches, finetune, load_data, load_model
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -58,6 +66,18 @@ def main(argv: list[str] | None = None) -> None:
     for name, (run, trained, share) in rows.items():
         print(f"{name:>10} {run.accuracies[-1][1]:>18.1%} {trained:>18,} {share:>18.2%} {run.seconds_a_step:>18.3f}")
     print(f"\nlearning curves: {plot({name: row[0] for name, row in rows.items()}, args.out)}")
+
+    print("\n4. Saved, and loaded into a fresh base\n")
+    save_adapter(model, args.out / "adapter", "demo")
+    size = (args.out / "adapter" / "adapter.safetensors").stat().st_size
+    fresh, _ = load_model(args.model, data.labels)
+    load_adapter(fresh.to(device), args.out / "adapter")
+    again = accuracy(fresh, batches(tokenizer, data.test))
+    print(f"{args.out / 'adapter'}: {size / 1e6:.1f} MB; held-out accuracy {again:.1%}")
+    set_active_adapter(fresh, None)
+    set_active_adapter(model, None)
+    same = all(torch.equal(a, b) for a, b in zip(fresh.encoder.parameters(), model.encoder.parameters()))
+    print(f"without adapter the trained base is {'bit-equal to' if same else 'NOT'} the pretrained one")
 
 
 def count(model: Classifier) -> tuple[int, float]:

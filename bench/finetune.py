@@ -110,23 +110,8 @@ def finetune(
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.01},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},  # LayerNorms and biases
     ]
-    collate = DataCollatorWithPadding(tokenizer)
-
-    def loader(examples: list[tuple[str, int]], shuffle: bool) -> DataLoader:
-        encoded = tokenizer([text for text, _ in examples], truncation=True, max_length=max_length)
-        rows = [
-            {"input_ids": ids, "attention_mask": mask, "labels": number}
-            for ids, mask, (_, number) in zip(encoded["input_ids"], encoded["attention_mask"], examples)
-        ]
-        lengths = [len(row["input_ids"]) for row in rows]  # like with like: less padding
-        sampler = (
-            LengthGroupedSampler(batch_size, lengths=lengths)
-            if shuffle
-            else sorted(range(len(rows)), key=lengths.__getitem__)
-        )
-        return DataLoader(rows, batch_size, sampler=sampler, collate_fn=collate)  # type: ignore[arg-type]
-
-    train, test = loader(data.train, True), loader(data.test, False)
+    train = batches(tokenizer, data.train, batch_size, max_length, shuffle=True)
+    test = batches(tokenizer, data.test, batch_size, max_length)
     steps = len(train) * epochs
     measured_at = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
     optimizer = torch.optim.AdamW(groups, lr=learning_rate)
@@ -155,6 +140,26 @@ def finetune(
                 bar.set_postfix(loss=f"{run.losses[-1]:.3f}", accuracy=f"{run.accuracies[-1][1]:.1%}")
     run.seconds_a_step = sorted(seconds)[len(seconds) // 2]
     return run
+
+
+def batches(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[tuple[str, int]],
+    batch_size: int = 32,
+    max_length: int = 64,
+    *,
+    shuffle: bool = False,
+) -> DataLoader:
+    """Batches of input_ids, attention_mask and labels, texts of like length together: less padding."""
+    encoded = tokenizer([text for text, _ in examples], truncation=True, max_length=max_length)
+    rows = [
+        {"input_ids": ids, "attention_mask": mask, "labels": number}
+        for ids, mask, (_, number) in zip(encoded["input_ids"], encoded["attention_mask"], examples)
+    ]
+    lengths = [len(row["input_ids"]) for row in rows]
+    order = sorted(range(len(rows)), key=lengths.__getitem__)
+    sampler = LengthGroupedSampler(batch_size, lengths=lengths) if shuffle else order
+    return DataLoader(rows, batch_size, sampler=sampler, collate_fn=DataCollatorWithPadding(tokenizer))  # type: ignore[arg-type]
 
 
 @torch.no_grad()

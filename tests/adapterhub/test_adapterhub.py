@@ -17,7 +17,7 @@ from torch import nn
 from adapter_ops import ops
 from adapter_ops.config import PRESETS, AdapterConfig
 from adapter_ops.inject import adapters_of, add_adapter, set_active_adapter
-from adapter_ops.integrations import adapterhub
+from adapter_ops.integrations import adapterhub, adapterhub_live
 from adapter_ops.integrations.adapterhub import accelerate, load_adapterhub, read_config, save_adapterhub, write_config
 
 transformers = pytest.importorskip("transformers")
@@ -234,8 +234,8 @@ def test_accelerate_single(key, monkeypatch):
     assert accelerate(model) == report
     assert_same(dict(model.state_dict()), before, 0)
     calls = []
-    fused = adapterhub.bottleneck_adapter
-    monkeypatch.setattr(adapterhub, "bottleneck_adapter", lambda *a, **k: calls.append(1) or fused(*a, **k))
+    fused = adapterhub_live.bottleneck_adapter
+    monkeypatch.setattr(adapterhub_live, "bottleneck_adapter", lambda *a, **k: calls.append(1) or fused(*a, **k))
     model(IDS)
     assert len(calls) == sum(swap.swapped for swap in report)
 
