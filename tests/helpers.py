@@ -7,7 +7,6 @@ from torch import Tensor
 
 from adapter_ops import bottleneck_adapter, reference
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("x", "residual", "w_down", "b_down", "w_up", "b_up", "scale")
 
 
@@ -24,13 +23,12 @@ class Call:
     scale: float | str = 1.0
     own_residual: bool = False
     bias: bool = True
-    device: str = DEVICE
     inputs: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         M, D, R = self.M, self.D, self.R
-        w = dict(dtype=self.parameter_dtype or self.dtype, device=self.device)
-        a = dict(dtype=self.dtype, device=self.device)
+        w = dict(dtype=self.parameter_dtype or self.dtype)
+        a = dict(dtype=self.dtype)
         self.inputs = {"x": torch.randn(M, D, **a), "w_down": torch.randn(R, D, **w) / D**0.5}
         self.inputs["w_up"] = torch.randn(D, R, **w) / R**0.5
         if self.own_residual:

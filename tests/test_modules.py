@@ -5,7 +5,6 @@ import pickle
 
 import pytest
 import torch
-from helpers import DEVICE
 from torch import nn
 
 import adapter_ops
@@ -24,20 +23,20 @@ class Houlsby(nn.Module):
 
 
 def test_state_dict_moves_both_ways():
-    unfused, adapter = Houlsby(20, 6).to(DEVICE), BottleneckAdapter(20, 6, device=DEVICE)
+    unfused, adapter = Houlsby(20, 6), BottleneckAdapter(20, 6)
     shapes = [{n: t.shape for n, t in m.state_dict().items()} for m in (adapter, unfused)]
     assert shapes[0] == shapes[1]
     adapter.load_state_dict(unfused.state_dict())
-    x = torch.randn(4, 3, 20, device=DEVICE)
+    x = torch.randn(4, 3, 20)
     torch.testing.assert_close(adapter(x), unfused(x))
     unfused.load_state_dict(BottleneckAdapter(20, 6).state_dict())
 
 
 def test_from_linear_shares_parameters():
-    unfused = Houlsby(20, 6).to(DEVICE)
+    unfused = Houlsby(20, 6)
     adapter = BottleneckAdapter.from_linear(unfused.down, unfused.up)
     assert adapter.down.weight is unfused.down.weight
-    x = torch.randn(4, 20, device=DEVICE)
+    x = torch.randn(4, 20)
     torch.testing.assert_close(adapter(x), unfused(x))
     with pytest.raises(ValueError, match="down maps 20 to 6, up maps 5 to 20"):
         BottleneckAdapter.from_linear(unfused.down, nn.Linear(5, 20))
@@ -58,10 +57,10 @@ def test_initialisation_is_the_papers(std):
 
 @pytest.mark.parametrize("scale, size", [("learned", 1), ("channel", 20)])
 def test_learned_scale(scale, size):
-    adapter = BottleneckAdapter(20, 6, scale=scale, init_std=0.2, device=DEVICE)
-    assert torch.equal(adapter.scale, torch.ones(size, device=DEVICE)) and "scale" in adapter.state_dict()
-    x = torch.randn(7, 20, device=DEVICE)
-    plain = BottleneckAdapter(20, 6, device=DEVICE)
+    adapter = BottleneckAdapter(20, 6, scale=scale, init_std=0.2)
+    assert torch.equal(adapter.scale, torch.ones(size)) and "scale" in adapter.state_dict()
+    x = torch.randn(7, 20)
+    plain = BottleneckAdapter(20, 6)
     plain.load_state_dict({n: t for n, t in adapter.state_dict().items() if n != "scale"})
     torch.testing.assert_close(adapter(x), plain(x))
     adapter(x).square().sum().backward()
@@ -69,8 +68,8 @@ def test_learned_scale(scale, size):
 
 
 def test_own_residual():
-    adapter = BottleneckAdapter(20, 6, init_std=0.2, device=DEVICE)
-    x, residual = torch.randn(2, 7, 20, device=DEVICE)
+    adapter = BottleneckAdapter(20, 6, init_std=0.2)
+    x, residual = torch.randn(2, 7, 20)
     torch.testing.assert_close(adapter(x, residual), adapter(x) - x + residual)
 
 
@@ -101,14 +100,14 @@ def test_copies_pickles_and_moves():
 
 
 def test_no_bias():
-    adapter = BottleneckAdapter(20, 6, bias=False, device=DEVICE)
+    adapter = BottleneckAdapter(20, 6, bias=False)
     assert list(adapter.state_dict()) == ["down.weight", "up.weight"]
-    assert adapter(torch.randn(3, 20, device=DEVICE)).shape == (3, 20)
+    assert adapter(torch.randn(3, 20)).shape == (3, 20)
 
 
 def test_gradient_checkpointing():
-    adapter = BottleneckAdapter(20, 6, init_std=0.2, device=DEVICE)
-    x = torch.randn(9, 20, device=DEVICE, requires_grad=True)
+    adapter = BottleneckAdapter(20, 6, init_std=0.2)
+    x = torch.randn(9, 20, requires_grad=True)
     expected = torch.autograd.grad(adapter(x).square().sum(), [x, *adapter.parameters()])
     for reentrant in (True, False):
         y = torch.utils.checkpoint.checkpoint(adapter, x, use_reentrant=reentrant)
@@ -121,16 +120,16 @@ def test_gradient_checkpointing():
 
 
 def test_explain_and_repr():
-    adapter = BottleneckAdapter(20, 6, device=DEVICE)
-    x = torch.zeros(3, 20, device=DEVICE)
+    adapter = BottleneckAdapter(20, 6)
+    x = torch.zeros(3, 20)
     assert adapter.explain(x) == adapter_ops.explain(x, adapter.down.weight)
     assert "activation=gelu, scale=1.0" in repr(adapter)
     assert "scale=channel" in repr(BottleneckAdapter(20, 6, scale="channel"))
 
 
 def test_it_trains():
-    adapter = BottleneckAdapter(20, 6, init_std=0.1, device=DEVICE)
-    x = torch.randn(256, 20, device=DEVICE)
+    adapter = BottleneckAdapter(20, 6, init_std=0.1)
+    x = torch.randn(256, 20)
     target = x + torch.tanh(x.roll(1, 1))
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=3e-2)
     losses = []

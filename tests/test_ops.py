@@ -4,36 +4,41 @@ import itertools
 
 import pytest
 import torch
-from helpers import DEVICE, Call, assert_two_times_rule
+from helpers import Call, assert_two_times_rule
 
 from adapter_ops import bottleneck_adapter, explain, ops, reference
 from adapter_ops.kernels import launch
 from adapter_ops.kernels.activations import ACTIVATIONS
 from adapter_ops.kernels.configs import MAX_BOTTLENECK
 
-on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="fp64 and the interpreter run without a GPU only")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 @pytest.fixture
 def path(request, use_path):
-    """The path under test, on tensors where it runs: the kernels on a GPU if there is one."""
-    if request.param == "cpu" and DEVICE != "cpu":
-        pytest.skip("the CPU path is tested on machines without a GPU")
-    if DEVICE == "cpu":
-        use_path(request.param)
-    return request.param
+    """Where the test runs: the kernels in the interpreter, the CPU path, or the kernels on a GPU."""
+    if request.param == "gpu":
+        torch.set_default_device("cuda")
+        yield "gpu"
+        torch.set_default_device(None)
+        return
+    if request.param == "interpreter" and not launch.INTERPRETED:
+        pytest.skip("TRITON_INTERPRET is off: the kernels are compiled, and run under -m gpu")
+    use_path({"interpreter": "triton"}.get(request.param, request.param))
+    yield request.param
 
 
 def pytest_generate_tests(metafunc):
     if "path" in metafunc.fixturenames:
-        metafunc.parametrize("path", ["triton", "cpu"], indirect=True)
+        paths = ["interpreter", "cpu"]
+        if "fp64" not in metafunc.function.__name__ and "gradcheck" not in metafunc.function.__name__:
+            paths.append(pytest.param("gpu", marks=pytest.mark.gpu))  # fp64 has no GPU kernel
+        metafunc.parametrize("path", paths, indirect=True)
 
 
 def slack(path: str, dtype: torch.dtype) -> float:
     """The interpreter truncates to bf16 where hardware rounds: a bias of up to one eps in what is stored."""
-    interpreted = path == "triton" and launch.INTERPRETED
-    return torch.finfo(dtype).eps if interpreted and dtype == torch.bfloat16 else 0.0
+    return torch.finfo(dtype).eps if path == "interpreter" and dtype == torch.bfloat16 else 0.0
 
 
 def check(call: Call, path: str, wanted=None, eager=None) -> None:
@@ -77,7 +82,6 @@ def as_function(call: Call, wanted):
     return (lambda *t: call(**dict(zip(wanted, t)))), [call.inputs[n].clone().requires_grad_() for n in wanted]
 
 
-@on_cpu
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradcheck_every_subset(path, activation):
     for wanted in SUBSETS[1:]:
@@ -85,7 +89,6 @@ def test_gradcheck_every_subset(path, activation):
         assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
 
 
-@on_cpu
 @pytest.mark.parametrize("scale", [0.5, "one", "channel"])
 @pytest.mark.parametrize("own_residual", [False, True])
 def test_gradcheck_exhaustive(path, scale, own_residual):
@@ -95,7 +98,6 @@ def test_gradcheck_exhaustive(path, scale, own_residual):
     assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
 
-@on_cpu
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradgradcheck(path, activation):
     call = Call(3, 5, 2, torch.float64, activation=activation)
@@ -103,7 +105,6 @@ def test_gradgradcheck(path, activation):
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
-@on_cpu
 def test_fp64(path):
     call = Call(65, 100, 24, torch.float64, scale="channel", own_residual=True)
     check(call, path)
@@ -113,7 +114,7 @@ def test_fp64(path):
 def test_fp32_parameters(path, dtype):
     """fp32 parameters under 16-bit activations: autocast's values, fp32 gradients."""
     call = Call(65, 96, 12, dtype, torch.float32, scale="channel")
-    with torch.autocast(DEVICE, dtype):
+    with torch.autocast(call.dy.device.type, dtype):
         eager = call.gradients(reference.bottleneck_adapter)
     found = call.gradients()
     assert found["y"].dtype == found["x"].dtype == dtype and found["w_up"].dtype == torch.float32
@@ -125,7 +126,7 @@ def test_fp32_parameters(path, dtype):
 def test_autocast(path, dtype):
     """fp32 x under autocast: products in 16 bits, the residual and y stay fp32."""
     call = Call(65, 96, 12, torch.float32, own_residual=True)
-    with torch.autocast(DEVICE, dtype):
+    with torch.autocast(call.dy.device.type, dtype):
         eager, found = call.gradients(reference.bottleneck_adapter), call.gradients()
     assert found["y"].dtype == torch.float32
     assert_two_times_rule(found, eager, call.oracle(), slack(path, dtype))
@@ -153,13 +154,13 @@ def test_row_strided(path, own_residual):
     call = Call(66, 20, 6, own_residual=own_residual)
     strided = {}
     for name in ("x", "residual")[: 1 + own_residual]:
-        wide = torch.randn(66, 37, device=DEVICE)
+        wide = torch.randn(66, 37)
         wide[:, 3:23] = call.inputs[name]
         strided[name] = wide[:, 3:23]
     dense = call.gradients()
     call.inputs |= strided
     for name, t in call.gradients().items():
-        if path == "triton":
+        if path != "cpu":
             assert torch.equal(t, dense[name]), name
         else:  # BLAS takes another way through strided rows
             torch.testing.assert_close(t, dense[name])
@@ -168,8 +169,8 @@ def test_row_strided(path, own_residual):
 def test_dense_in_another_order(path):
     """Transposed batches and a last dimension that is not dense give what their contiguous copies give."""
     call = Call(1, 20, 6)
-    x = torch.randn(3, 5, 20, device=DEVICE)
-    for view in (x.transpose(0, 1), x.permute(1, 0, 2)[:, ::2], torch.randn(20, 7, device=DEVICE).t()):
+    x = torch.randn(3, 5, 20)
+    for view in (x.transpose(0, 1), x.permute(1, 0, 2)[:, ::2], torch.randn(20, 7).t()):
         torch.testing.assert_close(call(x=view), call(x=view.contiguous()))
         assert call(x=view).shape == view.shape
 
@@ -177,7 +178,7 @@ def test_dense_in_another_order(path):
 @pytest.mark.parametrize("shape", [(20,), (7, 20), (2, 3, 4, 20), (2, 0, 20)])
 def test_leading_dimensions(path, shape):
     call = Call(1, 20, 6)
-    x = torch.randn(shape, device=DEVICE, requires_grad=True)
+    x = torch.randn(shape, requires_grad=True)
     y = call(x=x)
     assert y.shape == shape
     y.sum().backward()
@@ -187,7 +188,7 @@ def test_leading_dimensions(path, shape):
 
 def test_stride_zero_gradient(path):
     call = Call(65, 20, 6)
-    call.dy = torch.ones(1, 1, device=DEVICE).expand(65, 20)
+    call.dy = torch.ones(1, 1).expand(65, 20)
     check(call, path)
 
 
@@ -197,7 +198,7 @@ def test_nan_and_inf_come_out_where_eager_puts_them(path, value, activation):
     call = Call(70, 20, 6, activation=activation)
     call.inputs["x"][3, 5] = value
     # On the CPU eager's fp32 gelu(inf) is NaN (oneDNN); on a GPU, and in fp64, it is inf, and the kernels follow that.
-    dtype = torch.float64 if path == "triton" else None
+    dtype = None if path == "cpu" else torch.float64
     eager, found = call.gradients(reference.bottleneck_adapter, dtype=dtype), call.gradients()
     for name in eager:
         for where in (torch.isnan, torch.isposinf, torch.isneginf):
@@ -256,12 +257,12 @@ def test_compile_gives_eagers_values_and_gradients(path):
 
     torch.compiler.reset()
     model = torch.nn.Sequential(
-        BottleneckAdapter(20, 6, init_std=0.2, device=DEVICE),
-        BottleneckAdapter(20, 3, init_std=0.2, scale="channel", device=DEVICE),
+        BottleneckAdapter(20, 6, init_std=0.2),
+        BottleneckAdapter(20, 3, init_std=0.2, scale="channel"),
     )
     compiled = torch.compile(model, fullgraph=True)
     for shape in ((2, 33, 20), (2, 50, 20)):
-        x = torch.randn(shape, device=DEVICE, requires_grad=True)
+        x = torch.randn(shape, requires_grad=True)
         expected, found = model(x), compiled(x)
         torch.testing.assert_close(found, expected)
         inputs = [x, *model.parameters()]
@@ -269,7 +270,7 @@ def test_compile_gives_eagers_values_and_gradients(path):
             torch.testing.assert_close(f, e)
         with torch.no_grad():
             torch.testing.assert_close(compiled(x), expected)
-    with torch.autocast(DEVICE, torch.bfloat16):
+    with torch.autocast(x.device.type, torch.bfloat16):
         torch.testing.assert_close(compiled(x), model(x))
 
 
@@ -282,7 +283,7 @@ def test_opcheck(path, scale, own_residual):
     options = ("gelu", 1.0 if isinstance(scale, str) else scale, torch.float32)
     torch.library.opcheck(ops.forward_op, (t["x"], t.get("residual"), *weights, *options, True))
     frozen = [w if w is None else w.detach() for w in weights]
-    z = torch.randn(9, 6, device=DEVICE)
+    z = torch.randn(9, 6)
     needs = [True, True, False, True, True, isinstance(scale, str)]
     torch.library.opcheck(ops.backward_op, (call.dy, t["x"].detach(), z, *frozen, *options, needs, not own_residual))
 
@@ -290,8 +291,8 @@ def test_opcheck(path, scale, own_residual):
 def test_export(path):
     from adapter_ops import BottleneckAdapter
 
-    model = torch.nn.Sequential(BottleneckAdapter(20, 6, init_std=0.2, device=DEVICE))
-    x = torch.randn(3, 20, device=DEVICE)
+    model = torch.nn.Sequential(BottleneckAdapter(20, 6, init_std=0.2))
+    x = torch.randn(3, 20)
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
 
 
@@ -339,7 +340,7 @@ def test_required_path(monkeypatch):
 
 
 def test_small_cpu_call_equals_the_cpu_path(use_path):
-    call = Call(9, 20, 6, device="cpu")
+    call = Call(9, 20, 6)
     use_path("cpu")
     lean = call.gradients()
     use_path("reference")
