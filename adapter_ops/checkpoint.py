@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import AdapterConfig
-from .inject import AdapterLayer, adapters_of, belongings, delete_adapter, insert, plan, set_active_adapter
+from .inject import adapters_of, belongings, delete_adapter, insert, plan, set_active_adapter
 from .integrations.transformers import Site
+from .layers import AdapterLayer
 
 CONFIG, WEIGHTS, FORMAT = "adapter_config.json", "adapter.safetensors", 1
 

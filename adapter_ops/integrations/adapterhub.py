@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import AdapterConfig
-from ..inject import AdapterLayer, adapters_of, add_adapter, plan
+from ..inject import adapters_of, add_adapter, plan
 from ..kernels.activations import find_activation
+from ..layers import AdapterLayer
 from .adapterhub_live import Swap, accelerate
 from .transformers import Site, find_sites
 
