@@ -41,6 +41,7 @@ def backward(
     dtype, parameter_dtype = z.dtype, w_down.dtype
     act = find_activation(options.activation)
     scaled = scale is not None or options.scale != 1.0
+    channel = scale is not None and scale.numel() > 1
     dx: Any = None
     dw_down, db_down, dw_up, db_up, dscale = dx, dx, dx, dx, dx
     g, x_dtype = dy, x.dtype
@@ -56,12 +57,16 @@ def backward(
             dscale = (dw_up.to(torch.promote_types(dtype, torch.float32)) * w_up).sum(1)
             if b_up is not None:
                 dscale += db_up * b_up
-            dscale = (dscale if scale.numel() > 1 else dscale.sum()).to(scale.dtype).view_as(scale)
+            dscale = (dscale if channel else dscale.sum()).to(scale.dtype).view_as(scale)
         dw_up = dw_up * column if needs.w_up else None
         db_up = db_up * factor if needs.b_up else None
-        w_up = (w_up * column).to(dtype)
+        if channel:
+            w_up = (w_up * column).to(dtype)
     if needs.x or needs.w_down or needs.b_down:
-        dz = act.eager_backward(z, _linear(g, w_up.t()))
+        dh = _linear(g, w_up.t())
+        if scaled and not channel:
+            dh *= factor
+        dz = act.eager_backward(z, dh)
         if needs.x:
             dx = _linear(dz, w_down.t(), None, dy if residual_is_x else None)
             dx = dx if dx.dtype == x_dtype else dx.to(x_dtype)
@@ -106,7 +111,7 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
 def _onednn(x: Tensor) -> bool:
     """Whether to call oneDNN by name: in fp32 ATen would take MKL, half as fast on some processors, and only oneDNN
     adds the residual while it writes the product. Below 2^16 elements its set-up costs more than it saves."""
-    return x.numel() >= 1 << 16 and x.dtype in _onednn_dtypes() and torch._C._get_mkldnn_enabled()
+    return x.is_cpu and x.numel() >= 1 << 16 and x.dtype in _onednn_dtypes() and torch._C._get_mkldnn_enabled()
 
 
 @functools.cache

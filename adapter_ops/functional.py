@@ -49,6 +49,8 @@ def bottleneck_adapter(
     operations.
     """
     _check(x, w_down, b_down, w_up, b_up, activation, scale, residual)
+    if isinstance(scale, Tensor) and scale.dim() > 1:
+        scale = scale.reshape(1)
     weights = Weights(w_down, b_down, w_up, b_up, scale if isinstance(scale, Tensor) else None)
     return ops.adapter(x, residual, weights, activation, 1.0 if isinstance(scale, Tensor) else scale)
 

@@ -69,7 +69,12 @@ class BottleneckAdapter(nn.Module):
 
     @classmethod
     def from_linear(
-        cls, down: nn.Linear, up: nn.Linear, *, activation: str = "gelu", scale: float = 1.0
+        cls,
+        down: nn.Linear,
+        up: nn.Linear,
+        *,
+        activation: str = "gelu",
+        scale: float | Literal["learned", "channel"] = 1.0,
     ) -> "BottleneckAdapter":
         """An adapter over two layers of an existing model; it shares their parameters and takes their place.
 
@@ -80,6 +85,8 @@ class BottleneckAdapter(nn.Module):
                 f"down maps {down.in_features} to {down.out_features}, up maps {up.in_features} to {up.out_features}"
             )
         adapter = cls(down.in_features, down.out_features, activation=activation, scale=scale, device="meta")
+        if isinstance(adapter.scale, Tensor):
+            adapter.scale = nn.Parameter(down.weight.new_ones(adapter.scale.shape))
         adapter.down, adapter.up = down, up
         return adapter
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import cpu, reference
 from .kernels import backward as triton_backward
@@ -32,7 +33,7 @@ _GPU = Path("triton", "the tensors are on a GPU")
 _INTERPRETER = Path("triton", "TRITON_INTERPRET=1 runs the kernels on the CPU")
 _CPU = Path("cpu", "the tensors are on the CPU")
 _CPU_SMALL = Path("cpu", "the tensors are on the CPU; x is small, so autograd records plain PyTorch calls")
-_FUNC = Path("reference", "a torch.func transform is active")
+_FUNC = Path("reference", "a torch.func or forward-mode transform is active")
 
 # On the CPU a Python autograd.Function costs about 30 µs a call, which fewer elements of x do not earn back.
 SMALL = 1 << 18
@@ -53,7 +54,7 @@ def choose_path(x: Tensor, w_down: Tensor) -> Path:
 
 
 def _choose(x: Tensor, w_down: Tensor) -> Path:
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return _FUNC
     kind = x.device.type
     if kind == "cpu" and not launch.INTERPRETED:
@@ -108,16 +109,25 @@ def _reference(x: Tensor, residual: Tensor | None, weights: Weights, options: Op
 
 
 def _rows(t: Tensor) -> Tensor:
-    """t [..., D] as [M, D] with a dense last dimension; a view wherever one exists."""
+    """t [..., D] as [M, D] with a dense last dimension; a view wherever one exists.
+
+    A tile of 128 rows is addressed in 32 bits, so rows further apart than 2^24 elements are copied together.
+    """
     if t.dim() != 2:
         t = t.reshape(-1, t.shape[-1])
-    return t if t.stride(1) == 1 else t.contiguous()
+    return t if t.stride(1) == 1 and t.stride(0) < 1 << 24 else t.contiguous()
+
+
+def _dense(weights: Weights) -> Weights:
+    """The kernels and oneDNN take no strides of parameters; oneDNN reads a strided bias as if it were dense."""
+    dense: Any = (None if t is None else t.contiguous() for t in weights)
+    return Weights(*dense)
 
 
 def _forward(
     x: Tensor, residual: Tensor | None, weights: Weights, options: Options, save_z: bool, path: Path
 ) -> tuple[Tensor, Tensor | None]:
-    rows = _rows(x)
+    rows, weights = _rows(x), _dense(weights)
     run = triton_forward.forward if path.name == "triton" else cpu.forward
     y, z = run(rows, rows if residual is None else _rows(residual), weights, options, save_z)
     return y.view(x.shape), z
@@ -134,7 +144,7 @@ def _backward(
     path: Path,
 ) -> list[Tensor | None]:
     run = triton_backward.backward if path.name == "triton" else cpu.backward
-    dx, *rest = run(_rows(dy), _rows(x), z, weights, options, needs, residual_is_x)
+    dx, *rest = run(_rows(dy), _rows(x), z, _dense(weights), options, needs, residual_is_x)
     return [None if dx is None else dx.view(x.shape), *rest]
 
 
@@ -142,6 +152,9 @@ def _double_backward(
     dy: Tensor, x: Tensor, weights: Weights, options: Options, needs: Needs, residual_is_x: bool
 ) -> list[Tensor | None]:
     """The six gradients once more, as differentiable functions of dy, x and the parameters."""
+    # New nodes, so that a gradient stops here: x may depend on the parameters, and two of these may be one tensor.
+    views: Any = [None if t is None else t.view_as(t) for t in (x, *weights)]
+    x, weights = views[0], Weights(*views[1:])
     # dy reaches x through the residual only where the residual is x.
     y = _reference(x, None if residual_is_x else torch.zeros_like(x), weights, options)
     wanted = [t for t, need in zip((x, *weights), needs) if need and t is not None]

@@ -32,5 +32,5 @@ def bottleneck_adapter(
     z = F.linear(inner, w_down, b_down)
     u = F.linear(find_activation(activation).eager(z), w_up, b_up)
     if isinstance(scale, Tensor) or scale != 1.0:
-        u = u * scale
+        u = (u * scale).to(u.dtype)  # a scale of a wider dtype does not lift the result
     return (x if residual is None else residual) + u

@@ -66,12 +66,13 @@ def dz_kernel(
             w = tl.load(  # [BLOCK_D, BLOCK_R]
                 w_up_ptr + offs_d[:, None] * R + offs_r[None, :], mask=mask_d[:, None] & mask_r[None, :], other=0.0
             )
-            if scale_ptr is not None:
-                s = tl.load(scale_ptr + offs_d * SCALE_STRIDE, mask=mask_d, other=0.0)
-                w = w.to(ACC) * s.to(ACC)[:, None]
+            if SCALE_STRIDE == 1:
+                dy = dy.to(ACC) * tl.load(scale_ptr + offs_d, mask=mask_d, other=0.0).to(ACC)[None, :]
             dh = tl.dot(dy.to(DOT), w.to(DOT), dh, out_dtype=ACC, input_precision=PRECISION)
         if scale_ptr is None:
             dh *= scale
+        elif SCALE_STRIDE == 0:
+            dh *= tl.load(scale_ptr).to(ACC)
 
     z = tl.load(z_ptr + row * R + offs_mr, mask=mask_mr, other=0.0).to(ACC)
     dz, h = DACT(z, dh)
@@ -261,7 +262,7 @@ def backward(
     every other gradient the dtype of its parameter.
     """
     (M, D), R = x.shape, z.shape[1]
-    w_down, w_up, b_up = weights.w_down.contiguous(), weights.w_up.contiguous(), weights.b_up
+    w_down, w_up, b_up = weights.w_down, weights.w_up, weights.b_up
     scale, scale_tensor = options.scale, weights.scale
     dots = dot_options(z.dtype)
     acc_dtype = torch.promote_types(z.dtype, torch.float32)
@@ -278,7 +279,7 @@ def backward(
     dw_up, db_up = new(needs.w_up, D, R, dtype=w_up.dtype), new(needs.b_up, D, dtype=w_up.dtype)
     dscale = new(needs.scale, D)
 
-    tiles = tile_options("weights", D, R, z.dtype, x.device)
+    tiles = tile_options("weights", D, R, (dy, x, z, w_down), x.device)
     columns, rows = triton.cdiv(D, tiles["BLOCK_D"]), triton.cdiv(M, tiles["BLOCK_M"])
     slices = max(1, launch.facts(x.device).multiprocessors // columns)  # one program a multiprocessor
     rows_per_slice = triton.cdiv(rows, slices) * tiles["BLOCK_M"]
@@ -292,7 +293,7 @@ def backward(
 
     with device_guard(x):
         if M and (need_dz or need_up):
-            dz_tiles = tile_options("dz", D, R, z.dtype, x.device)
+            dz_tiles = tile_options("dz", D, R, (dy, z, w_up), x.device)
             dz_kernel[(triton.cdiv(M, dz_tiles["BLOCK_M"]),)](
                 dy,
                 z,
@@ -310,7 +311,7 @@ def backward(
                 **dots,
                 **dz_tiles,
             )
-        if M:
+        if M and any(needs):
             weights_kernel[(columns, slices)](
                 dy,
                 x,
@@ -330,7 +331,7 @@ def backward(
                 **tiles,
             )
         if any(needs[1:]):
-            reduce_tiles = tile_options("reduce", D, R, z.dtype, x.device)
+            reduce_tiles = tile_options("reduce", D, R, (z,), x.device)
             del reduce_tiles["BLOCK_M"]
             reduce_kernel[(triton.cdiv(D, reduce_tiles["BLOCK_D"]),)](
                 *partials,

@@ -103,14 +103,14 @@ def forward(
     z = torch.empty((M, R), dtype=dtype, device=x.device) if save_z else None
     if M == 0:
         return y, z
-    tiles = tile_options("forward", D, R, dtype, x.device)
+    tiles = tile_options("forward", D, R, (x, residual, weights.w_down), x.device)
     with device_guard(x):
         forward_kernel[(triton.cdiv(M, tiles["BLOCK_M"]),)](
             x,
             residual,
-            weights.w_down.contiguous(),
+            weights.w_down,
             weights.b_down,
-            weights.w_up.contiguous(),
+            weights.w_up,
             weights.b_up,
             options.scale,
             weights.scale,

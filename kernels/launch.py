@@ -73,7 +73,9 @@ def facts(device: torch.device) -> Facts:
     if INTERPRETED:
         return Facts((9, 0), 8)
     properties = torch.cuda.get_device_properties(device)
-    return Facts((properties.major, properties.minor), properties.multi_processor_count)
+    # ROCm counts its cards otherwise: gfx942 is no Hopper.
+    capability = (8, 0) if torch.version.hip else (properties.major, properties.minor)
+    return Facts(capability, properties.multi_processor_count)
 
 
 def device_guard(x: Tensor) -> AbstractContextManager[Any]:
@@ -92,18 +94,19 @@ def dot_options(compute_dtype: torch.dtype) -> dict[str, Any]:
     """DOT, ACC and PRECISION.
 
     The interpreter multiplies the bit patterns of bf16, so operands are upcast to fp32 there.
-    fp32 follows `torch.get_float32_matmul_precision()`; Triton's own default would be tf32.
+    fp32 follows PyTorch's setting, whichever of its two interfaces made it; Triton's own default would be tf32.
     """
-    ieee = compute_dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    tf32 = compute_dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {
         "DOT": TL_DTYPE[torch.promote_types(compute_dtype, torch.float32) if INTERPRETED else compute_dtype],
         "ACC": tl.float64 if compute_dtype == torch.float64 else tl.float32,
-        "PRECISION": "ieee" if ieee else "tf32",
+        "PRECISION": "tf32" if tf32 else "ieee",
         "enable_fp_fusion": True,
     }
 
 
-def tile_options(kernel: str, D: int, R: int, compute_dtype: torch.dtype, device: torch.device) -> dict[str, int]:
-    """BLOCK_M, BLOCK_D, BLOCK_R, num_warps and num_stages."""
-    config = configs.choose(kernel, D, R, compute_dtype, facts(device).capability)
+def tile_options(kernel: str, D: int, R: int, tensors: tuple[Tensor, ...], device: torch.device) -> dict[str, int]:
+    """BLOCK_M, BLOCK_D, BLOCK_R, num_warps and num_stages; the widest of the tensors read decides what fits."""
+    widest = max((t.dtype for t in tensors), key=lambda dtype: dtype.itemsize)
+    config = configs.choose(kernel, D, R, widest, facts(device).capability)
     return {**vars(config), "BLOCK_R": configs.block_r(R)}

@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 from adapter_ops import ops
+from adapter_ops.kernels import launch
 
 PATHS = {"triton": ops._INTERPRETER, "cpu": ops._CPU, "reference": ops._FUNC}
 
@@ -37,3 +38,25 @@ def deterministic():
 def use_path(monkeypatch):
     """use_path("cpu") sends every call down that path."""
     return lambda name: monkeypatch.setattr(ops, "choose_path", lambda x, w_down: PATHS[name])
+
+
+@pytest.fixture
+def path(request, use_path):
+    """Where the test runs: the kernels in the interpreter, the CPU path, or the kernels on a GPU."""
+    if request.param == "gpu":
+        torch.set_default_device("cuda")
+        yield "gpu"
+        torch.set_default_device(None)
+        return
+    if request.param == "interpreter" and not launch.INTERPRETED:
+        pytest.skip("TRITON_INTERPRET is off: the kernels are compiled, and run under -m gpu")
+    use_path({"interpreter": "triton"}.get(request.param, request.param))
+    yield request.param
+
+
+def pytest_generate_tests(metafunc):
+    if "path" in metafunc.fixturenames:
+        paths = ["interpreter", "cpu"]
+        if "fp64" not in metafunc.function.__name__ and "gradcheck" not in metafunc.function.__name__:
+            paths.append(pytest.param("gpu", marks=pytest.mark.gpu))  # fp64 has no GPU kernel
+        metafunc.parametrize("path", paths, indirect=True)

@@ -1,0 +1,157 @@
+"""Edges of the ops: strides, sizes, dtypes and settings that no ordinary call has."""
+
+import pytest
+import torch
+from helpers import Call, assert_two_times_rule, check
+
+from adapter_ops import bottleneck_adapter, ops, reference
+from adapter_ops.kernels import launch
+
+
+@pytest.mark.parametrize(
+    "own_residual, scale, bias", [(False, 1.0, True), (True, "channel", True), (False, 0.3, False)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_enough_for_onednn(use_path, dtype, own_residual, scale, bias):
+    """x, h and dz all have 2^16 elements or more, so every product on the CPU path is oneDNN's."""
+    use_path("cpu")
+    call = Call(700, 130, 200, dtype, scale=scale, own_residual=own_residual, bias=bias)
+    check(call, "cpu")
+
+
+@pytest.mark.parametrize("M, D, R", [(65, 20, 6), (700, 130, 200)])
+@pytest.mark.parametrize("name", ["w_down", "b_down", "w_up", "b_up", "scale"])
+def test_strided_parameters(path, name, M, D, R):
+    call = Call(M, D, R, scale="channel")
+    wide = torch.stack([torch.randn_like(call.inputs[name]), call.inputs[name]], -1)
+    call.inputs[name] = wide[..., 1]
+    check(call, path)
+
+
+def test_gradcheck_where_x_depends_on_the_parameters(path):
+    """One adapter applied twice, and one tensor in two places."""
+    call = Call(5, 6, 6, torch.float64)
+    call.inputs["w_up"] = call.inputs["w_down"]
+
+    def second(function):
+        inputs = {n: t.detach().requires_grad_() for n, t in call.inputs.items()}
+        inputs["w_up"] = inputs["w_down"]
+        y = call(function, **inputs | {"x": call(function, **inputs)})
+        wanted = [t for n, t in inputs.items() if n != "w_up"]
+        first = torch.autograd.grad(y.square().sum(), wanted, create_graph=True)
+        return [*first, *torch.autograd.grad(sum(g.square().sum() for g in first), wanted)]
+
+    for found, expected in zip(second(bottleneck_adapter), second(reference.bottleneck_adapter)):
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_wider_scale_does_not_lift_y(path, use_path):
+    call = Call(9, 20, 6, torch.bfloat16, torch.float32, scale="channel")
+    assert call().dtype == torch.bfloat16
+    use_path("reference")
+    assert call().dtype == torch.bfloat16
+
+
+def test_one_element_scale_of_any_rank(path):
+    call = Call(9, 20, 6, scale="one")
+    expected = call()
+    call.inputs["scale"] = call.inputs["scale"].view(1, 1, 1)
+    assert call().shape == (9, 20) and torch.equal(call(), expected)
+    assert call.gradients()["scale"].shape == (1, 1, 1)
+
+
+def test_precision_follows_both_of_pytorchs_settings():
+    try:
+        for setting, expected in (("ieee", "ieee"), ("tf32", "tf32")):
+            torch.backends.cuda.matmul.fp32_precision = setting
+            assert launch.dot_options(torch.float32)["PRECISION"] == expected
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("high")
+        assert launch.dot_options(torch.float32)["PRECISION"] == "tf32"
+        assert launch.dot_options(torch.bfloat16)["PRECISION"] == "ieee"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_rows_further_apart_than_32_bits_reach():
+    t = torch.empty_strided((2, 4), (1 << 24, 1), device="meta")
+    assert ops._rows(t).stride(0) == 4
+
+
+@pytest.mark.parametrize("subset", [(), ("x",), ("w_up",), ("scale",), ("b_down", "b_up"), launch.Needs._fields])
+def test_backward_returns_what_is_asked_for_in_its_dtype(path, subset):
+    """Autograd would cast and drop in silence; the torch.library op does not."""
+    call = Call(33, 20, 6, torch.float32, torch.float64 if path == "cpu" else torch.float32, scale="channel")
+    t = call.inputs
+    for dtype in (torch.float32, torch.bfloat16):
+        weights = launch.Weights(t["w_down"], t["b_down"], t["w_up"], t["b_up"], t["scale"])
+        options = launch.Options("gelu", 1.0, dtype)
+        z = torch.randn(33, 6).to(dtype)
+        names = launch.Needs._fields
+        needs = launch.Needs(*(n in subset for n in names))
+        path_of = ops.choose_path(t["x"], t["w_down"])
+        found = ops._backward(call.dy, t["x"], z, weights, options, needs, False, path_of)
+        for name, gradient in zip(names, found, strict=True):
+            assert (gradient is not None) == (name in subset), name
+            assert gradient is None or (gradient.dtype, gradient.shape) == (t[name].dtype, t[name].shape), name
+
+
+def test_row_strided_gradient(path):
+    call = Call(65, 20, 6)
+    for dy in (torch.randn(65, 37)[:, 3:23], torch.randn(20).expand(65, 20)):
+        call.dy = dy
+        check(call, path)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "x_dtype, residual_dtype", [(torch.float16, torch.float32), (torch.float32, torch.float16)], ids=str
+)
+def test_residual_of_another_dtype(path, x_dtype, residual_dtype, compiled):
+    call = Call(65, 20, 6, x_dtype, own_residual=True, scale=0.5)
+    call.inputs["residual"] = call.inputs["residual"].to(residual_dtype)
+    call.dy = call.dy.float()
+    torch.compiler.reset()
+    function = bottleneck_adapter
+    if compiled:
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+    eager, found = call.gradients(reference.bottleneck_adapter), call.gradients(function)
+    assert found["y"].dtype == torch.float32
+    assert_two_times_rule(found, eager, call.oracle())
+
+
+def test_tanh_near_zero(path):
+    call = Call(33, 16, 16, torch.float32, activation="tanh", bias=False)
+    call.inputs["w_down"] = call.inputs["w_up"] = torch.eye(16)
+    call.inputs["x"] = torch.logspace(-6, 0, 33 * 16).view(33, 16)
+    call.inputs["residual"] = torch.zeros(33, 16)
+    found, expected = call(), torch.tanh(call.inputs["x"].double())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_fp64_ignores_autocast(path):
+    call = Call(9, 20, 6, torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(call(), call(reference.bottleneck_adapter))
+        assert call().dtype == torch.float64
+
+
+def test_forward_mode_takes_the_reference():
+    call = Call(9, 20, 6)
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        x = torch.autograd.forward_ad.make_dual(call.inputs["x"], torch.ones(9, 20))
+        found = torch.autograd.forward_ad.unpack_dual(call(x=x)).tangent
+        expected = torch.autograd.forward_ad.unpack_dual(call(reference.bottleneck_adapter, x=x)).tangent
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("scale", [1e-3, "one", "channel"])
+def test_small_scale_in_fp16(use_path, scale):
+    """scale · W_up would be subnormal in fp16."""
+    use_path("cpu")
+    call = Call(65, 48, 12, torch.float16, scale=scale)
+    call.inputs["w_up"] = call.inputs["w_up"] * 1e-2
+    if isinstance(scale, str):
+        call.inputs["scale"] = call.inputs["scale"] * 1e-3
+    wanted = ["w_down", "b_down"] if scale != "channel" else ["w_up"]
+    check(call, "cpu", wanted)
