@@ -5,17 +5,18 @@ The weights file carries the whole configuration in its header too, so it is the
 
 import json
 import os
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from .config import AdapterConfig
-from .inject import adapters_of, belongings, delete_adapter, insert, plan, set_active_adapter
+from .inject import adapters_of, bare, belongings, delete_adapter, insert, plan, set_active_adapter
 from .integrations.transformers import Site
 from .layers import AdapterLayer
 
@@ -41,7 +42,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str) ->
         set_active_adapter(model, name)  # so that the model's own paths lead to the task's parameters
     try:
         for path in (*task.modules, *task.norms):
-            for key, t in model.get_submodule(path).named_parameters(path):
+            for key, t in _tensors(model, path).items():
                 tensors[f"modules.{key.removeprefix(prefix)}"] = t
         tensors = {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}
     finally:
@@ -57,9 +58,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str) ->
     text = json.dumps(header, indent=2)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights, config = folder / f".{WEIGHTS}.{os.getpid()}", folder / f".{CONFIG}.{os.getpid()}"
+    weights, config = (folder / f".{file}.{uuid.uuid4().hex}" for file in (WEIGHTS, CONFIG))
     try:
-        save_file(tensors, weights, metadata={"adapter_config": text})
+        weights.write_bytes(save(tensors, metadata={"adapter_config": text}))  # save_file would make it mode 0600
         config.write_text(text + "\n", encoding="utf-8")
         for written, file in ((weights, WEIGHTS), (config, CONFIG)):
             with open(written, "rb") as f:
@@ -98,6 +99,8 @@ def load_adapter(
         config = AdapterConfig.from_json(json.dumps(header["config"]))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
+    if any(t.is_meta for t in model.parameters()):
+        raise ValueError("the model is (in part) on the meta device, which holds no values: move it first")
     sites = plan(model, config, places)
     found, expected = _fingerprint(model, sites), header["base"]
     if found != expected:
@@ -107,7 +110,8 @@ def load_adapter(
     dropped = tuple(f"modules.{path}." for path in header["modules"] if path not in kept)
     tensors = {key: t for key, t in tensors.items() if not key.startswith(dropped)}
     targets = [_target(model, prefix, path) for path in kept]
-    _compare(folder, tensors, _shapes(model, config, sites, prefix, targets))
+    with bare(model):  # the active task's head may be of another size than the base's
+        _compare(folder, tensors, _shapes(model, config, sites, prefix, targets))
     before = adapters_of(model).active if hasattr(model, "adapter_ops") else None
     insert(model, name, config, targets, places)
     adapters = adapters_of(model)
@@ -119,7 +123,8 @@ def load_adapter(
                 layer.load_state_dict({k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)})
             for key, t in tensors.items():
                 if key.startswith("modules."):
-                    model.get_parameter(_target(model, prefix, key.removeprefix("modules."))).copy_(t)
+                    owner, _, leaf = _target(model, prefix, key.removeprefix("modules.")).rpartition(".")
+                    getattr(model.get_submodule(owner), leaf).copy_(t)
     except BaseException:
         delete_adapter(model, name)
         if before is not None:
@@ -129,26 +134,39 @@ def load_adapter(
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Both files, checked against each other."""
+    """What the folder says about the task, and its tensors."""
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder} has no {file}")
-    try:
-        header = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder / CONFIG} is no JSON: {error}") from error
-    fields = {"format", "name", "base", "modules", "config"}
-    if not isinstance(header, dict) or not fields <= set(header) or header["format"] != FORMAT:
-        raise ValueError(f"{folder / CONFIG} is not of adapter_ops' format {FORMAT} with fields {sorted(fields)}")
+    header = _parse((folder / CONFIG).read_bytes(), folder / CONFIG)
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             written = (file.metadata() or {}).get("adapter_config")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is damaged or no safetensors file: {error}") from error
-    if written is not None and json.loads(written) != header:
-        raise ValueError(f"{folder / CONFIG} and {folder / WEIGHTS} are from different saves: their configs differ")
+    if written is not None:  # a save takes effect with this file: until the other is renamed too, that is out of date
+        header = _parse(written, folder / WEIGHTS)
     return header, tensors
+
+
+def _parse(text: str | bytes, source: Path) -> dict[str, Any]:
+    """What save_adapter wrote about a task."""
+    try:
+        header = json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{source} holds no JSON: {error}") from error
+    types = {"format": int, "name": str, "base": dict, "modules": list, "config": dict}
+    good = isinstance(header, dict) and all(isinstance(header.get(field), kind) for field, kind in types.items())
+    if not (good and header["format"] == FORMAT and all(isinstance(path, str) for path in header["modules"])):
+        raise ValueError(f"{source} is not of adapter_ops' format {FORMAT} with fields {sorted(types)}")
+    return header
+
+
+def _tensors(model: nn.Module, path: str) -> dict[str, Tensor]:
+    """Parameters and buffers of a task's module by path in the model."""
+    module = model.get_submodule(path)
+    return {**dict(module.named_parameters(path)), **dict(module.named_buffers(path))}
 
 
 def _prefix(model: nn.Module) -> str:
@@ -159,7 +177,7 @@ def _prefix(model: nn.Module) -> str:
 
 def _target(model: nn.Module, prefix: str, path: str) -> str:
     """A saved path in this model: below its base if it leads somewhere there, else as it is."""
-    names = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
+    names = {name for name, _ in (*model.named_modules(), *model.named_parameters(), *model.named_buffers())}
     return prefix + path if prefix + path in names else path
 
 
@@ -185,8 +203,8 @@ def _shapes(
             shapes |= {start + key: tuple(t.shape) for key, t in layer.state_dict().items()}
     modules, norms = belongings(model, config, targets)
     for path in (*modules, *norms):
-        for key, parameter in model.get_submodule(path).named_parameters(path):
-            shapes[f"modules.{key.removeprefix(prefix)}"] = tuple(parameter.shape)
+        for key, t in _tensors(model, path).items():
+            shapes[f"modules.{key.removeprefix(prefix)}"] = tuple(t.shape)
     return shapes
 
 

@@ -77,22 +77,28 @@ class AdapterConfig:
                 raise ValueError(f"{name} is {value}, expected numbers over {least - (least == 1)}")
             if isinstance(value, Mapping) and "default" not in value:
                 raise ValueError(f"{name} {dict(value)} has no entry 'default'")
-        if isinstance(self.placement, list):  # JSON knows no tuples
+            if isinstance(value, Mapping):  # JSON knows no numbers as keys
+                object.__setattr__(self, name, {str(layer): size for layer, size in value.items()})
+        if not isinstance(self.placement, str):  # and no tuples
             object.__setattr__(self, "placement", tuple(self.placement))
         object.__setattr__(self, "leave_out", tuple(self.leave_out))
+        if not all(isinstance(layer, int) for layer in self.leave_out):
+            raise ValueError(f"leave_out is {self.leave_out!r}, expected numbers of layers")
         places = (self.placement,) if isinstance(self.placement, str) else self.placement
         if self.placement != "parallel" and (not places or not set(places) <= set(PLACES)):
             raise ValueError(f"placement is {self.placement!r}, known: some of {PLACES}, or 'parallel'")
         find_activation(self.activation)
-        if isinstance(self.scale, str):
+        if not isinstance(self.scale, (int, float)):
             self._known("scale", "learned", "channel")
         self._known("init", "houlsby", "bert", "mam")
         self._known("layer_norms", "train", "frozen")
         self._known("norm", None, "layer", "batch")
         self._known("norm_position", "before", "after")
         self._known("residual", "output", "input")
-        if self.depth < 1:
-            raise ValueError(f"depth is {self.depth}, must be at least 1")
+        if not isinstance(self.depth, int) or self.depth < 1:
+            raise ValueError(f"depth is {self.depth}, must be a whole number from 1")
+        for name in ("ln_before", "ln_after"):
+            self._known(name, True, False)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, must be in [0, 1)")
         if not (self.ln_after or self.ln_before):

@@ -27,6 +27,23 @@ class Task(NamedTuple):
     norms: tuple[str, ...]  # paths of the base's normalisations that it has copies of
 
 
+def _base_in_place(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Gives a state dict, on its way out or in, the base's values under the base's keys whichever task is active.
+
+    One of live variables (keep_vars=True) is left as it is.
+    """
+    adapters = adapters_of(model)
+    own = adapters.own[adapters.active] if adapters.active is not None else nn.Module()
+    for key in (*own._parameters, *own._buffers):
+        here, there = prefix + key.replace("/", "."), f"{prefix}adapter_ops.own.{adapters.active}.{key}"
+        if isinstance(state.get(here), nn.Parameter):
+            return
+        found = {new: state[old] for old, new in ((here, there), (there, here)) if old in state}
+        for old in {here, there} - found.keys():
+            state.pop(old, None)
+        state.update(found)
+
+
 class Adapters(nn.Module):
     """Everything this library puts into a model, as its child `adapter_ops`."""
 
@@ -47,6 +64,9 @@ class Adapters(nn.Module):
                 norm = model.get_submodule(site.norm)
                 self.handles.append(norm.register_forward_pre_hook(slot.on_norm))
                 self.handles.append(norm.register_forward_hook(slot.after_norm))
+
+        self.handles.append(model.register_state_dict_post_hook(_base_in_place))
+        self.handles.append(model.register_load_state_dict_pre_hook(_base_in_place))
 
     def forward(self, x: Any) -> Any:
         """The identity: an nn.Sequential calls every child it has."""
@@ -110,30 +130,46 @@ def insert(
         if config not in PRESETS:
             raise ValueError(f"unknown preset {config!r}; known: {', '.join(PRESETS)}")
         config = PRESETS[config]
-    if not name.replace("-", "").replace("_", "").isalnum():
+    if not isinstance(name, str) or not name.replace("-", "").replace("_", "").isalnum():
         raise ValueError(f"adapter name {name!r} may hold letters, digits, '-' and '_' only")
+    if hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"adapter name {name!r} is taken by nn.ModuleDict.{name}")
     found: Adapters | None = getattr(model, "adapter_ops", None)  # type: ignore[assignment]
     if found is not None and name in found.tasks:
         raise ValueError(f"the model already has an adapter {name!r}")
     sites = plan(model, config, places)
     heads, norms = belongings(model, config, modules)
-    active = found.active if found is not None else None
-    if active is not None:
-        set_active_adapter(model, None)  # so that a new task starts from the base's own values
-    adapters = found or Adapters(model, sites)
-    for slot in adapters.all_slots():
-        site = slot.site
+    layers = {}
+    for site in sites:
         if config.at(site.place, site.layer):
             beside = _beside(model, site)
-            layer = AdapterLayer(config, site.layer, site.hidden_size, beside.device, beside.dtype)
-            slot.adapters[name] = layer.requires_grad_(False).train(model.training)
+            layers[site] = AdapterLayer(config, site.layer, site.hidden_size, beside.device, beside.dtype)
+            layers[site].requires_grad_(False).train(model.training)
+    with bare(model):  # so that a new task starts from the base's own values
+        own = Own(model, (*heads, *norms))
+    adapters = found or Adapters(model, sites)  # from here on nothing can fail
+    for slot in adapters.all_slots():
+        if slot.site in layers:
+            slot.adapters[name] = layers[slot.site]
             slot.configs[name] = config
-    adapters.own[name] = Own(model, (*heads, *norms))
+    adapters.own[name] = own
     adapters.tasks[name] = Task(config, heads, norms)
     if found is None:
         model.add_module("adapter_ops", adapters)
-    elif active is not None:
-        set_active_adapter(model, active)
+
+
+@contextlib.contextmanager
+def bare(model: nn.Module) -> Iterator[None]:
+    """Within the context no task is active; the one that was comes back after it."""
+    adapters: Adapters | None = getattr(model, "adapter_ops", None)  # type: ignore[assignment]
+    active = adapters.active if adapters is not None else None
+    if active is not None:
+        set_active_adapter(model, None)
+    try:
+        yield
+    finally:
+        if active is not None:
+            set_active_adapter(model, active)
 
 
 def belongings(
@@ -146,6 +182,10 @@ def belongings(
     paths = {path for path, _ in model.named_modules()}
     if missing := [path for path in heads if path not in paths]:
         raise ValueError(f"{type(model).__name__} has no modules {missing}")
+    own = {id(p): path for path in heads for p in model.get_submodule(path).parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in own and not f"{name}.".startswith(tuple(f"{path}." for path in heads)):
+            raise ValueError(f"{own[id(parameter)]!r} shares a parameter with {name!r}, so it cannot be a task's own")
     inside = tuple(f"{path}." for path in (*heads, "adapter_ops"))
     norms = find_norms(model) if config.layer_norms == "train" else []
     return heads, tuple(path for path in norms if not f"{path}.".startswith(inside))
@@ -186,11 +226,13 @@ def set_active_adapter(model: nn.Module, name: str | None) -> None:
     adapters = adapters_of(model, name)
     if adapters.active is not None:
         adapters.own_of(adapters.active).exchange(model)
-    adapters.active = name
+        adapters.active = None
     if name is not None:
         adapters.own_of(name).exchange(model)
+        adapters.active = name
     for slot in adapters.all_slots():
         slot.active = name
+        slot._entered = slot._unnormalised = None  # a forward that failed midway may have left them
 
 
 def train_adapter(model: nn.Module, name: str) -> None:
@@ -205,7 +247,8 @@ def train_adapter(model: nn.Module, name: str) -> None:
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
-    """Removes a task; with the last one, every trace of this library. Raises ValueError for an unknown name."""
+    """Removes a task; with the last one, all that this library put into the model. What `train_adapter` froze stays
+    frozen (`model.requires_grad_(True)`). Raises ValueError for an unknown name."""
     adapters = adapters_of(model, name)
     if adapters.active == name:
         set_active_adapter(model, None)

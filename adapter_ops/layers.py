@@ -83,6 +83,10 @@ class Slot(nn.Module):
         self._entered: Tensor | None = None  # r, from the sublayer's entry to its output
         self._unnormalised: Tensor | None = None  # the adapter's output, where ln_after is off
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what a forward that failed midway left behind, which cannot be copied."""
+        return self.__dict__ | {"_entered": None, "_unnormalised": None}
+
     def running(self) -> tuple[AdapterLayer, AdapterConfig] | None:
         if self.skipped or self.active is None or self.active not in self.adapters:
             return None
@@ -136,16 +140,27 @@ class Own(nn.Module):
 
     def __init__(self, model: nn.Module, modules: Iterable[str]) -> None:
         super().__init__()
-        copies: dict[nn.Parameter, nn.Parameter] = {}  # what is shared stays shared
+        copies: dict[Tensor, Any] = {}  # what is shared stays shared
         for path in modules:
-            for name, parameter in model.get_submodule(path).named_parameters(path, remove_duplicate=False):
+            module = model.get_submodule(path)
+            for name, parameter in module.named_parameters(path, remove_duplicate=False):
                 if parameter not in copies:
                     copies[parameter] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
                 self.register_parameter(name.replace(".", "/"), copies[parameter])
+            for name, buffer in module.named_buffers(path, remove_duplicate=False):
+                if buffer not in copies:
+                    copies[buffer] = buffer.clone()
+                self.register_buffer(name.replace(".", "/"), copies[buffer])
 
     def exchange(self, model: nn.Module) -> None:
-        """Each parameter changes places with the one of the same path in the model."""
-        for key in self._parameters:
-            path, _, leaf = key.replace("/", ".").rpartition(".")
-            there = model.get_submodule(path)._parameters
-            there[leaf], self._parameters[key] = self._parameters[key], there[leaf]
+        """Each parameter and buffer changes places with the one of the same path in the model; on an error, none."""
+        pairs = []
+        for mine, kind in ((self._parameters, "_parameters"), (self._buffers, "_buffers")):
+            for key in mine:
+                path, _, leaf = key.replace("/", ".").rpartition(".")
+                there = getattr(model.get_submodule(path), kind)
+                if leaf not in there:
+                    raise ValueError(f"the model has no {path}.{leaf} any more, of which a task has its own")
+                pairs.append((mine, key, there, leaf))
+        for mine, key, there, leaf in pairs:
+            there[leaf], mine[key] = mine[key], there[leaf]

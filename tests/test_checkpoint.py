@@ -159,7 +159,7 @@ DAMAGE = {
     "truncated": (truncate, ValueError, "adapter.safetensors is damaged"),
     "no weights": (lambda f: (f / "adapter.safetensors").unlink(), FileNotFoundError, "has no adapter.safetensors"),
     "no config": (lambda f: (f / "adapter_config.json").unlink(), FileNotFoundError, "has no adapter_config.json"),
-    "no JSON": (lambda f: (f / "adapter_config.json").write_text("{"), ValueError, "is no JSON"),
+    "no JSON": (lambda f: (f / "adapter_config.json").write_text("{"), ValueError, "holds no JSON"),
     "other JSON": (lambda f: (f / "adapter_config.json").write_text("{}"), ValueError, "is not of adapter_ops' format"),
     "missing key": (edit_weights(lambda w: w.pop(KEY)), ValueError, f"lacks 1 of .* keys: {KEY}"),
     "surplus key": (edit_weights(lambda w: w.update(x=torch.ones(1))), ValueError, "has unknown 1 of .* keys: x"),

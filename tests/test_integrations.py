@@ -7,6 +7,7 @@ import torch
 import transformers as hf
 from torch import nn
 
+from adapter_ops import load_adapter, save_adapter
 from adapter_ops.config import AdapterConfig
 from adapter_ops.inject import add_adapter, delete_adapter, set_active_adapter
 from adapter_ops.integrations.transformers import FAMILIES, Place, find_heads, find_norms, find_sites
@@ -320,3 +321,31 @@ def test_shared_parameters_of_a_head_stay_shared():
     model.classifier[1].weight = model.classifier[0].weight
     add_adapter(model, "t")
     assert model.classifier[1].weight is model.classifier[0].weight and model.classifier[1].weight.requires_grad
+
+
+@each_family
+def test_reload_into_a_fresh_base(family, tmp_path):
+    model, inputs, _ = build(family)
+    base = {k: t.clone() for k, t in model.state_dict().items()}
+    add_adapter(model, "t", AdapterConfig(bottleneck=4, init_std=0.2))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += 0.1 * torch.randn_like(p)
+        save_adapter(model, tmp_path, "t")
+        fresh, _, _ = build(family)
+        fresh.load_state_dict(base)
+        load_adapter(fresh, tmp_path)
+        assert same(forward(fresh, inputs), forward(model, inputs))
+
+
+def test_a_place_that_is_never_called():
+    layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32), 2, enable_nested_tensor=False)
+    with pytest.raises(ValueError, match="is never called"):
+        add_adapter(layers, "t", places={"attention": "layers.*.self_attn.out_proj"})
+
+
+def test_a_tied_head_is_no_tasks_own():
+    model = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=9, n_embd=16, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match=r"'lm_head' shares a parameter with .*wte"):
+        add_adapter(model, "t", modules=["lm_head"])

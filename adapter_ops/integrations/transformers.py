@@ -122,7 +122,7 @@ def find_sites(model: nn.Module, places: Mapping[str, str | Place] | None = None
 
     Raises:
         ValueError: a model of no known family without `places`; a key other than these two; a pattern without `*`,
-            with two, or that no module matches; a place whose hidden size cannot be told.
+            with two, or that no module matches; a place that is never called or whose hidden size cannot be told.
     """
     if places is not None:
         if not places or not set(places) <= {"attention", "ffn"}:
@@ -163,6 +163,10 @@ def _match(model: nn.Module, places: Mapping[str, Place]) -> list[Site]:
                 there = Place._make(p and prefix + p.replace("*", layer) for p in place)
                 if missing := [p for p in there if p and p not in paths]:
                     raise _unmatched(model, missing[0])
+                if isinstance(model.get_submodule(there.output.rpartition(".")[0]), nn.MultiheadAttention):
+                    raise ValueError(
+                        f"{there.output!r} is never called: nn.MultiheadAttention reads its weights itself"
+                    )
                 size = _hidden_size(model, there)
                 sites.append(Site(f"{prefix}{start}{layer}.{name}", int(layer), name, *there, size))
     return sites
