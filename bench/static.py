@@ -57,9 +57,17 @@ class _Driver:
 
 
 def compile_all(
-    D: int, R: int, dtype: torch.dtype, arch: int, parameter_dtype: torch.dtype | None = None
+    D: int,
+    R: int,
+    dtype: torch.dtype,
+    arch: int,
+    parameter_dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> list[Compiled]:
-    """Every kernel of a training step at its default config, for `arch` such as 90."""
+    """Every kernel of a training step at its default config, for `arch` such as 90.
+
+    x has `dtype`; so have the parameters and the products unless told otherwise.
+    """
     if launch.INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set: there is nothing to compile")
     compiled: dict[str, Any] = {}
@@ -74,7 +82,7 @@ def compile_all(
 
     x = meta(M, D, dtype=dtype)
     weights = Weights(meta(R, D), meta(R), meta(D, R), meta(D), None)
-    options = Options("gelu", 1.0, dtype)
+    options = Options("gelu", 1.0, compute_dtype or dtype)
     facts, run = launch.facts, triton.JITFunction.run
     launch.facts = lambda device: Facts((arch // 10, arch % 10), 132)  # type: ignore[assignment]
     triton.JITFunction.run = record
@@ -84,7 +92,7 @@ def compile_all(
     try:
         forward.forward(x, x, weights, options, True)
         needs = Needs(True, True, True, True, True, False)
-        backward.backward(x, x, meta(M, R, dtype=dtype), weights, options, needs, True)
+        backward.backward(x, x, meta(M, R, dtype=options.dtype), weights, options, needs, True)
     finally:
         launch.facts, triton.JITFunction.run = facts, run
         with contextlib.suppress(RuntimeError):  # without a GPU there is no driver to go back to
