@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(RUN) -W ignore -m bench.demo
 
 test: $(VENV)/.installed
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist worksteal
 
 # AdapterHub's package needs an older transformers, hence an environment of its own.
 test-adapterhub: $(VENV)-adapterhub/.installed

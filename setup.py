@@ -21,6 +21,6 @@ setup(
     extras_require={
         "demo": demo,
         "bench": bench,
-        "test": [*demo, *bench, "pytest", "hypothesis", "accelerate", "ruff", "mypy", "setuptools"],
+        "test": [*demo, *bench, "pytest", "pytest-xdist", "hypothesis", "accelerate", "ruff", "mypy", "setuptools"],
     },
 )
