@@ -41,10 +41,7 @@ def main(argv: list[str] | None = None) -> None:
                 if not error <= 2:
                     print(head, f"wrong (path {path.name}): not timed")
                     continue
-                inner = 100 if shape.M * shape.D < 10_000 else 1
-                times = interleaved(
-                    {name: runner(case, name, mode) for name in ("eager", "adapter_ops")}, args.seconds, inner
-                )
+                times = interleaved({n: runner(case, n, mode) for n in ("eager", "adapter_ops")}, args.seconds)
                 eager, fused = (statistics.median(times[n]) * 1e3 for n in ("eager", "adapter_ops"))
                 deciles = [1e3 * q for q in statistics.quantiles(times["adapter_ops"], n=10)]
                 print(head, f"{eager:8.3f}ms {fused:8.3f}ms {deciles[1]:8.3f}–{deciles[7]:<8.3f} {eager / fused:8.2f}×")

@@ -87,20 +87,31 @@ def gate(case: Case, name: str) -> float:
     return torch.tensor(ratios).max().item()  # unlike Python's max, this keeps a NaN
 
 
-def interleaved(runs: dict[str, Callable[[], None]], seconds: float, inner: int = 1) -> dict[str, list[float]]:
-    """Seconds a call, one sample of each run after another until `seconds` have gone by, after a warm-up."""
+def interleaved(runs: dict[str, Callable[[], None]], seconds: float, block: float = 0.05) -> dict[str, list[float]]:
+    """Seconds a call. Each run in turn, forth and back, until `seconds` have gone by, after a warm-up.
+
+    A sample is the mean over a block of calls of about `block` seconds: calls in a row find the allocator and the
+    caches as their own kind leaves them, as they do in use.
+    """
+
+    def sample(run: Callable[[], None], calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / calls
+
     for run in runs.values():
         run()
+    calls = max(1, round(block / min(sample(run, 3) for run in runs.values())))
     times: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[next(iter(times))]) < 5:
-        for name, run in runs.items():
-            start = time.perf_counter()
-            for _ in range(inner):
-                run()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            times[name].append((time.perf_counter() - start) / inner)
+    while time.perf_counter() < end or len(times[names[0]]) < 5:
+        names.reverse()
+        for name in names:
+            times[name].append(sample(runs[name], calls))
     return times
 
 
