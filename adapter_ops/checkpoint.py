@@ -26,8 +26,8 @@ CONFIG, WEIGHTS, FORMAT = "adapter_config.json", "adapter.safetensors", 1
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str) -> None:
     """Writes a task: its adapters, its LayerNorms if trained, and its other modules such as the head.
 
-    Each file is written beside its place and then renamed, the weights first: an interrupted save leaves the folder's
-    earlier files whole. Raises ValueError for an unknown name.
+    Each file is written beside its place and then renamed, the weights first: an interrupted save leaves the old task
+    or the new one, whole. Raises ValueError for an unknown name.
     """
     adapters = adapters_of(model, name)
     task = adapters.tasks[name]
