@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapter_ops.kernels import configs
@@ -17,6 +17,7 @@ from bench.static import SHARED_LIMIT
 ROOT = Path(__file__).parent.parent
 
 
+@settings(deadline=None)
 @given(
     kernel=st.sampled_from(["forward", "dz", "weights", "reduce"]),
     D=st.integers(1, 20_000),
