@@ -281,9 +281,14 @@ def adapter_summary(model: nn.Module) -> list[TaskSize]:
     adapters = adapters_of(model)
     heads = tuple(f"{path}." for path in (*find_heads(model), "adapter_ops"))
     base = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(heads))
+    with bare(model):  # the active task's own is in the model, and may be of another size than what it stands in for
+        owned = {
+            name: {key.replace("/", "."): p.numel() for key, p in adapters.own_of(name).named_parameters()}
+            for name in adapters.tasks
+        }
     rows = []
     for name, task in adapters.tasks.items():
-        own = {key.replace("/", "."): p.numel() for key, p in adapters.own_of(name).named_parameters()}
+        own = owned[name]
         inside = tuple(f"{path}." for path in task.norms)
         norms = sum(size for key, size in own.items() if key.startswith(inside))
         layers = sum(p.numel() for layer in adapters.layers(name).values() for p in layer.parameters())

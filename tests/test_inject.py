@@ -18,10 +18,7 @@ from adapter_ops import (
     train_adapter,
 )
 
-
-@pytest.fixture(autouse=True)
-def aten(use_path):
-    use_path("cpu")
+pytestmark = pytest.mark.usefixtures("aten")
 
 
 def bert(kind=BertForSequenceClassification, **changes):
@@ -288,6 +285,18 @@ def test_summary_of_two_tasks():
     a, b, both = adapter_summary(model)
     assert a.modules == 5 * 32 + 5 and b.norms == b.modules == 0
     assert both.total == a.total + b.total and both.share == pytest.approx(a.share + b.share)
+
+
+def test_summary_counts_the_active_tasks_own_head():
+    model = bert()
+    add_adapter(model, "five", STRONG)
+    set_active_adapter(model, None)
+    model.classifier = nn.Linear(32, 3)
+    add_adapter(model, "three", STRONG)
+    for active in ("five", "three", None):
+        set_active_adapter(model, active)
+        five, three, _ = adapter_summary(model)
+        assert (five.modules, three.modules) == (5 * 33, 3 * 33)
 
 
 # Bad input
