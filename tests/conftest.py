@@ -60,3 +60,9 @@ def pytest_generate_tests(metafunc):
         if "fp64" not in metafunc.function.__name__ and "gradcheck" not in metafunc.function.__name__:
             paths.append(pytest.param("gpu", marks=pytest.mark.gpu))  # fp64 has no GPU kernel
         metafunc.parametrize("path", paths, indirect=True)
+
+
+@pytest.fixture
+def aten(use_path):
+    """The CPU path, for tests of what stands around the op: the interpreter would be slow."""
+    use_path("cpu")

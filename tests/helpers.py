@@ -7,8 +7,6 @@ from torch import Tensor
 
 from adapter_ops import bottleneck_adapter, reference
 
-NAMES = ("x", "residual", "w_down", "b_down", "w_up", "b_up", "scale")
-
 
 @dataclass
 class Call:

@@ -21,10 +21,7 @@ from adapter_ops import (
     train_adapter,
 )
 
-
-@pytest.fixture(autouse=True)
-def aten(use_path):
-    use_path("cpu")
+pytestmark = pytest.mark.usefixtures("aten")
 
 
 @pytest.fixture

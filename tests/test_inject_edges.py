@@ -24,10 +24,7 @@ from adapter_ops import (
 from adapter_ops.inject import insert
 from adapter_ops.layers import AdapterLayer
 
-
-@pytest.fixture(autouse=True)
-def aten(use_path):
-    use_path("cpu")
+pytestmark = pytest.mark.usefixtures("aten")
 
 
 def hooks(model):

