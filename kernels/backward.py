@@ -3,8 +3,9 @@
 With s = scale and h = act(z):
 
     dz kernel        dh = s · dy · W_up    dz = dh ⊙ act'(z)                                        [M, R]
+                     Σ dz   as one fp32 partial per program
     weights kernel   dx = dz · W_down (+ dy where the residual is x)                                 [M, D]
-                     dyᵀ · h   dzᵀ · x   Σ dy   Σ dz   as one fp32 partial per slice of M
+                     dyᵀ · h   dzᵀ · x   Σ dy   as one fp32 partial per slice of M
     reduce kernel    sums the partials in order:
                      dW_up = s · dyᵀh   db_up = s · Σ dy   dW_down = dzᵀx   db_down = Σ dz
                      dscale[d] = Σ_r W_up[d, r] · (dyᵀh)[d, r] + b_up[d] · (Σ dy)[d]
@@ -32,6 +33,7 @@ def dz_kernel(
     scale_ptr,  # [1] (SCALE_STRIDE 0), [D] (SCALE_STRIDE 1) or None
     dz_ptr,  # [M, R] or None
     h_ptr,  # [M, R] or None
+    b_down_partial_ptr,  # [R, programs] or None: Σ dz over a program's rows
     M,
     stride_dym,
     D: tl.constexpr,
@@ -53,6 +55,8 @@ def dz_kernel(
     offs_mr = offs_m[:, None] * R + offs_r[None, :]
     mask_mr = mask_m[:, None] & mask_r[None, :]
 
+    # Before the loop, which hides the wait for it.
+    z = tl.load(z_ptr + row * R + offs_mr, mask=mask_mr, other=0.0).to(ACC)  # [BLOCK_M, BLOCK_R]
     dh = tl.zeros([BLOCK_M, BLOCK_R], dtype=ACC)
     if dz_ptr is not None:
         for start_d in range(0, D, BLOCK_D):
@@ -74,12 +78,13 @@ def dz_kernel(
         elif SCALE_STRIDE == 0:
             dh *= tl.load(scale_ptr).to(ACC)
 
-    z = tl.load(z_ptr + row * R + offs_mr, mask=mask_mr, other=0.0).to(ACC)
     dz, h = DACT(z, dh)
     if dz_ptr is not None:
         tl.store(dz_ptr + row * R + offs_mr, dz, mask=mask_mr)
     if h_ptr is not None:
         tl.store(h_ptr + row * R + offs_mr, h, mask=mask_mr)
+    if b_down_partial_ptr is not None:
+        tl.store(b_down_partial_ptr + offs_r * tl.num_programs(0) + tl.program_id(0), tl.sum(dz, axis=0), mask=mask_r)
 
 
 @triton.jit
@@ -93,7 +98,6 @@ def weights_kernel(
     up_partial_ptr,  # [S, D, R] or None: dyᵀ · h
     b_up_partial_ptr,  # [S, D] or None: Σ dy
     down_partial_ptr,  # [S, D, R] or None: xᵀ · dz
-    b_down_partial_ptr,  # [S, R] or None: Σ dz
     M,
     rows_per_slice,  # a multiple of BLOCK_M
     stride_dym,
@@ -101,6 +105,7 @@ def weights_kernel(
     D: tl.constexpr,
     R: tl.constexpr,
     ADD_DY: tl.constexpr,  # the residual is x
+    SUM_BY_DOT: tl.constexpr,  # Σ dy as a product with ones
     DOT: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -118,7 +123,7 @@ def weights_kernel(
     mask_r = offs_r < R
     # The accumulators are held the way round that gives the dot the longer first side.
     R_FIRST: tl.constexpr = BLOCK_R >= BLOCK_D
-    NEED_DZ: tl.constexpr = (dx_ptr is not None) or (down_partial_ptr is not None) or (b_down_partial_ptr is not None)
+    NEED_DZ: tl.constexpr = (dx_ptr is not None) or (down_partial_ptr is not None)
     NEED_DY: tl.constexpr = (
         (up_partial_ptr is not None) or (b_up_partial_ptr is not None) or (dx_ptr is not None and ADD_DY)
     )
@@ -133,8 +138,13 @@ def weights_kernel(
     else:
         up = tl.zeros([BLOCK_D, BLOCK_R], dtype=ACC)
         down = tl.zeros([BLOCK_D, BLOCK_R], dtype=ACC)
-    b_up = tl.zeros([BLOCK_D], dtype=ACC)
-    b_down = tl.zeros([BLOCK_R], dtype=ACC)
+    # A sum over a tile's rows crosses threads and warps in every round, which takes longer than the products; a product
+    # with ones does not.
+    if SUM_BY_DOT:
+        b_up = tl.zeros([BLOCK_D, 16], dtype=ACC)
+        ones = tl.full([BLOCK_M, 16], 1.0, dtype=DOT)
+    else:
+        b_up = tl.zeros([BLOCK_D], dtype=ACC)
 
     for start_m in range(0, rows_per_slice, BLOCK_M):
         row = pid_s * rows_per_slice + start_m
@@ -167,10 +177,10 @@ def weights_kernel(
             else:
                 down = tl.dot(x.to(DOT).T, dz, down, out_dtype=ACC, input_precision=PRECISION)
         if b_up_partial_ptr is not None:
-            b_up += tl.sum(dy.to(ACC), axis=0)
-        if b_down_partial_ptr is not None:
-            if pid_d == 0:
-                b_down += tl.sum(dz.to(ACC), axis=0)
+            if SUM_BY_DOT:
+                b_up = tl.dot(dy.to(DOT).T, ones, b_up, out_dtype=ACC, input_precision=PRECISION)
+            else:
+                b_up += tl.sum(dy.to(ACC), axis=0)
 
     if R_FIRST:
         offs_dr = offs_d[None, :] * R + offs_r[:, None]
@@ -183,10 +193,9 @@ def weights_kernel(
     if down_partial_ptr is not None:
         tl.store(down_partial_ptr + pid_s * D * R + offs_dr, down, mask=mask_dr)
     if b_up_partial_ptr is not None:
+        if SUM_BY_DOT:
+            b_up = tl.max(b_up, axis=1)  # the columns are equal
         tl.store(b_up_partial_ptr + pid_s * D + offs_d, b_up, mask=mask_d)
-    if b_down_partial_ptr is not None:
-        if pid_d == 0:
-            tl.store(b_down_partial_ptr + pid_s * R + offs_r, b_down, mask=mask_r)
 
 
 @triton.jit
@@ -194,7 +203,7 @@ def reduce_kernel(
     up_partial_ptr,  # [S, D, R] or None
     b_up_partial_ptr,  # [S, D] or None
     down_partial_ptr,  # [S, D, R] or None
-    b_down_partial_ptr,  # [S, R] or None
+    b_down_partial_ptr,  # [R, P] or None
     w_up_ptr,  # [D, R]
     b_up_ptr,  # [D] or None
     scale,  # number; used where scale_ptr is None
@@ -205,12 +214,14 @@ def reduce_kernel(
     db_down_ptr,  # [R] or None
     dscale_ptr,  # [D] or None: the gradient of a scale per channel
     S,
+    P,
     D: tl.constexpr,
     R: tl.constexpr,
     SCALE_STRIDE: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
     offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     offs_r = tl.arange(0, BLOCK_R)
@@ -222,7 +233,7 @@ def reduce_kernel(
     up = tl.zeros([BLOCK_D, BLOCK_R], dtype=ACC)
     down = tl.zeros([BLOCK_D, BLOCK_R], dtype=ACC)
     b_up = tl.zeros([BLOCK_D], dtype=ACC)
-    for i in range(S):
+    for i in tl.range(S, loop_unroll_factor=4):  # or each round waits for its loads
         if up_partial_ptr is not None:
             up += tl.load(up_partial_ptr + i * D * R + offs_dr, mask=mask_dr, other=0.0)
         if down_partial_ptr is not None:
@@ -246,11 +257,12 @@ def reduce_kernel(
             dscale += b_up * tl.load(b_up_ptr + offs_d, mask=mask_d, other=0.0).to(ACC)
         tl.store(dscale_ptr + offs_d, dscale, mask=mask_d)
     if db_down_ptr is not None:
-        if tl.program_id(0) == 0:
-            b_down = tl.zeros([BLOCK_R], dtype=ACC)
-            for i in range(S):
-                b_down += tl.load(b_down_partial_ptr + i * R + offs_r, mask=mask_r, other=0.0)
-            tl.store(db_down_ptr + offs_r, b_down, mask=mask_r)
+        for r in range(tl.program_id(0), R, tl.num_programs(0)):
+            b_down = tl.zeros([BLOCK_P], dtype=ACC)
+            for start_p in range(0, P, BLOCK_P):
+                offs_p = start_p + tl.arange(0, BLOCK_P)
+                b_down += tl.load(b_down_partial_ptr + r * P + offs_p, mask=offs_p < P, other=0.0)
+            tl.store(db_down_ptr + r, tl.sum(b_down))
 
 
 def backward(
@@ -284,17 +296,14 @@ def backward(
     slices = max(1, launch.facts(x.device).multiprocessors // columns)  # one program a multiprocessor
     rows_per_slice = triton.cdiv(rows, slices) * tiles["BLOCK_M"]
     slices = triton.cdiv(M, rows_per_slice) if M else 0
-    partials = [
-        new(need_up, slices, D, R),
-        new(need_b_up, slices, D),
-        new(needs.w_down, slices, D, R),
-        new(needs.b_down, slices, R),
-    ]
+    partials = [new(need_up, slices, D, R), new(need_b_up, slices, D), new(needs.w_down, slices, D, R)]
+    dz_tiles = tile_options("dz", D, R, (dy, z, w_up), x.device)
+    dz_programs = triton.cdiv(M, dz_tiles["BLOCK_M"])
+    b_down_partial = new(needs.b_down, R, dz_programs)
 
     with device_guard(x):
         if M and (need_dz or need_up):
-            dz_tiles = tile_options("dz", D, R, (dy, z, w_up), x.device)
-            dz_kernel[(triton.cdiv(M, dz_tiles["BLOCK_M"]),)](
+            dz_kernel[(dz_programs,)](
                 dy,
                 z,
                 w_up,
@@ -302,6 +311,7 @@ def backward(
                 scale_tensor,
                 dz,
                 h,
+                b_down_partial,
                 M,
                 dy.stride(0),
                 D=D,
@@ -311,7 +321,7 @@ def backward(
                 **dots,
                 **dz_tiles,
             )
-        if M and any(needs):
+        if M and any((needs.x, need_up, need_b_up, needs.w_down)):
             weights_kernel[(columns, slices)](
                 dy,
                 x,
@@ -327,6 +337,7 @@ def backward(
                 D=D,
                 R=R,
                 ADD_DY=residual_is_x,
+                SUM_BY_DOT=z.dtype.itemsize == 2,  # in tf32 it would round dy
                 **dots,
                 **tiles,
             )
@@ -335,6 +346,7 @@ def backward(
             del reduce_tiles["BLOCK_M"]
             reduce_kernel[(triton.cdiv(D, reduce_tiles["BLOCK_D"]),)](
                 *partials,
+                b_down_partial,
                 w_up,
                 b_up,
                 scale,
@@ -345,11 +357,13 @@ def backward(
                 db_down,
                 dscale,
                 slices,
+                dz_programs,
                 D=D,
                 R=R,
                 SCALE_STRIDE=scale_stride(scale_tensor),
                 ACC=dots["ACC"],
                 enable_fp_fusion=True,
+                BLOCK_P=256,
                 **reduce_tiles,
             )
     if dscale is not None and scale_tensor is not None:
