@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import launch
 from .activations import find_activation
-from .launch import Needs, Options, Weights, device_guard, dot_options, scale_stride, tile_options
+from .launch import Needs, Options, Weights, cdiv, device_guard, dot_options, scale_stride, tile_options
 
 
 @triton.jit
@@ -292,13 +292,13 @@ def backward(
     dscale = new(needs.scale, D)
 
     tiles = tile_options("weights", D, R, (dy, x, z, w_down), x.device)
-    columns, rows = triton.cdiv(D, tiles["BLOCK_D"]), triton.cdiv(M, tiles["BLOCK_M"])
+    columns, rows = cdiv(D, tiles["BLOCK_D"]), cdiv(M, tiles["BLOCK_M"])
     slices = max(1, launch.facts(x.device).multiprocessors // columns)  # one program a multiprocessor
-    rows_per_slice = triton.cdiv(rows, slices) * tiles["BLOCK_M"]
-    slices = triton.cdiv(M, rows_per_slice) if M else 0
+    rows_per_slice = cdiv(rows, slices) * tiles["BLOCK_M"]
+    slices = cdiv(M, rows_per_slice) if M else 0
     partials = [new(need_up, slices, D, R), new(need_b_up, slices, D), new(needs.w_down, slices, D, R)]
     dz_tiles = tile_options("dz", D, R, (dy, z, w_up), x.device)
-    dz_programs = triton.cdiv(M, dz_tiles["BLOCK_M"])
+    dz_programs = cdiv(M, dz_tiles["BLOCK_M"])
     b_down_partial = new(needs.b_down, R, dz_programs)
 
     with device_guard(x):
@@ -344,7 +344,7 @@ def backward(
         if any(needs[1:]):
             reduce_tiles = tile_options("reduce", D, R, (z,), x.device)
             del reduce_tiles["BLOCK_M"]
-            reduce_kernel[(triton.cdiv(D, reduce_tiles["BLOCK_D"]),)](
+            reduce_kernel[(cdiv(D, reduce_tiles["BLOCK_D"]),)](
                 *partials,
                 b_down_partial,
                 w_up,

@@ -7,7 +7,6 @@ bench.static` shows it; where an entry spills, a comment says so). No GPU has ti
 from dataclasses import dataclass
 
 import torch
-import triton
 
 
 @dataclass(frozen=True)
@@ -113,9 +112,14 @@ REDUCE = {32: Config(0, 8, 4, 1), 256: Config(0, 4, 4, 1)}
 MAX_BOTTLENECK = 256
 
 
+def power_of_2(n: int) -> int:
+    """The least power of two that is at least n ≥ 1. (Triton's own is a constexpr function, and takes microseconds.)"""
+    return 1 << (n - 1).bit_length()
+
+
 def block_r(R: int) -> int:
     """The tile side that holds R: a power of two, and at least 16, the least a tensor core takes."""
-    return max(16, triton.next_power_of_2(R))
+    return max(16, power_of_2(R))
 
 
 def choose(kernel: str, D: int, R: int, dtype: torch.dtype, capability: tuple[int, int]) -> Config:
@@ -129,5 +133,5 @@ def choose(kernel: str, D: int, R: int, dtype: torch.dtype, capability: tuple[in
         generation = {9: 9, 10: 10, 11: 10}.get(capability[0], 8)
         rows = TABLE[generation, min(4, dtype.itemsize)][kernel]
     config = rows[min(r for r in rows if r >= block_r(R))]
-    columns = min(config.BLOCK_D, max(16, triton.next_power_of_2(D)))
+    columns = min(config.BLOCK_D, max(16, power_of_2(D)))
     return Config(config.BLOCK_M, columns, config.num_warps, config.num_stages)

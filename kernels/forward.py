@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import find_activation
-from .launch import Options, Weights, device_guard, dot_options, scale_stride, tile_options
+from .launch import Options, Weights, cdiv, device_guard, dot_options, scale_stride, tile_options
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def forward(
         return y, z
     tiles = tile_options("forward", D, R, (x, residual, weights.w_down), x.device)
     with device_guard(x):
-        forward_kernel[(triton.cdiv(M, tiles["BLOCK_M"]),)](
+        forward_kernel[(cdiv(M, tiles["BLOCK_M"]),)](
             x,
             residual,
             weights.w_down,

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import operator
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -78,6 +79,14 @@ def facts(device: torch.device) -> Facts:
     return Facts(capability, properties.multi_processor_count)
 
 
+_itemsize = operator.attrgetter("itemsize")
+
+
+def cdiv(a: int, b: int) -> int:
+    """Quotient, rounded up. (Triton's own is a constexpr function, and takes microseconds.)"""
+    return -(-a // b)
+
+
 def device_guard(x: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be x's."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
@@ -107,6 +116,5 @@ def dot_options(compute_dtype: torch.dtype) -> dict[str, Any]:
 
 def tile_options(kernel: str, D: int, R: int, tensors: tuple[Tensor, ...], device: torch.device) -> dict[str, int]:
     """BLOCK_M, BLOCK_D, BLOCK_R, num_warps and num_stages; the widest of the tensors read decides what fits."""
-    widest = max((t.dtype for t in tensors), key=lambda dtype: dtype.itemsize)
-    config = configs.choose(kernel, D, R, widest, facts(device).capability)
-    return {**vars(config), "BLOCK_R": configs.block_r(R)}
+    widest = max([t.dtype for t in tensors], key=_itemsize)
+    return {**vars(configs.choose(kernel, D, R, widest, facts(device).capability)), "BLOCK_R": configs.block_r(R)}
