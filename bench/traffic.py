@@ -56,7 +56,7 @@ Times = dict[str, int]  # argument -> how often each of its elements is asked fo
 PARTIALS: Times = dict.fromkeys(("up_partial_ptr", "b_up_partial_ptr", "down_partial_ptr", "b_down_partial_ptr"), 1)
 
 
-# The formulas: for a kernel, from its launch's arguments, (times read, times written). kernels/README.md has the sums.
+# The formulas: of a launch's arguments and grid, (times read, times written). kernels/README.md has their sums.
 def forward_kernel(a: SimpleNamespace) -> tuple[Times, Times]:
     """A program reads its rows of x, as x and as the residual, and all weights."""
     programs = cdiv(a.M, a.BLOCK_M)
@@ -74,7 +74,7 @@ def dz_kernel(a: SimpleNamespace) -> tuple[Times, Times]:
 
 def weights_kernel(a: SimpleNamespace) -> tuple[Times, Times]:
     """Every block of columns reads dz and h; every slice reads W_down and writes partial sums."""
-    columns, slices = cdiv(a.D, a.BLOCK_D), cdiv(a.M, a.rows_per_slice)
+    columns, slices = cdiv(a.D, a.BLOCK_D), a.grid[1]
     dx, up, down = (p is not None for p in (a.dx_ptr, a.up_partial_ptr, a.down_partial_ptr))
     need_dy = up or a.b_up_partial_ptr is not None or (dx and a.ADD_DY)
     need_dz = dx or down or a.b_down_partial_ptr is not None
@@ -102,7 +102,7 @@ Traffic = dict[str, Bytes]  # "read x_ptr" and so on; arguments that are one ten
 
 @dataclass
 class Launch:
-    """A launch: forward or backward, the kernel, its arguments by name, and what was counted if it ran."""
+    """A launch: forward or backward, the kernel, its arguments (and `grid`) by name, and what was counted if it ran."""
 
     phase: str
     kernel: str
@@ -138,7 +138,8 @@ def recorded(run: bool) -> Iterator[list[Launch]]:
     original_store = builder.create_masked_store
 
     def run_kernel(kernel: Any, *args: Any, **options: Any) -> None:
-        arguments = dict(zip(kernel.arg_names, args)) | {k: v for k, v in options.items() if k in kernel.arg_names}
+        names = (*kernel.arg_names, "grid")
+        arguments = dict(zip(names, args)) | {name: v for name, v in options.items() if name in names}
         if run:
             original_run(kernel, *args, **options)
         phase = kernel.fn.__module__.rpartition(".")[2]

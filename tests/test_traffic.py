@@ -72,7 +72,7 @@ def test_sums_in_the_readme(shape, dtypes):
     assert {f"{kernel}_kernel" for kernel in sums} == launches.keys() == traffic.FORMULAS.keys()
     weights = launches["weights_kernel"].arguments
     names = vars(size) | {"e": x.itemsize, "p": parameter.itemsize}
-    names |= {"C": cdiv(size.D, weights["BLOCK_D"]), "S": cdiv(size.M, weights["rows_per_slice"])}
+    names |= {"C": cdiv(size.D, weights["BLOCK_D"]), "S": weights["grid"][1]}
     for kernel, columns in sums.items():
         one = launches[f"{kernel}_kernel"]
         programs = {"P": cdiv(size.M, one.arguments.get("BLOCK_M", size.M))}
