@@ -34,19 +34,17 @@ AMD_BYTES = {"byte": 1, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dw
 
 @dataclass(frozen=True)
 class Code:
-    """One compiled kernel. `registers` a thread, `spilled` bytes of local memory a thread, `shared` bytes a program,
-    `tensor_memory` columns a program (Blackwell); tensor-core instructions by name; `loads` and `stores` the widths of
-    global accesses in the machine code, in bytes; `arguments` the narrowest access by name of the pointer, 0 where an
-    argument is used but no access leads to it. The name "?" stands for accesses that lead to no argument.
-    """
+    """One compiled kernel."""
 
-    registers: int
-    spilled: int
-    shared: int
-    tensor_memory: int
-    tensor_core: dict[str, int]
-    loads: list[int]
+    warps: int
+    registers: int  # a thread
+    spilled: int  # bytes of local memory a thread
+    shared: int  # bytes a program
+    tensor_memory: int  # columns a program; 0 but on Blackwell
+    tensor_core: dict[str, int]  # instructions by name
+    loads: list[int]  # widths of global loads in the machine code, in bytes
     stores: list[int]
+    # Bytes of the narrowest access, by pointer; 0: used, but no access leads to it; "?": accesses that lead to none.
     arguments: dict[str, int]
     split: bool  # the machine code has a narrower access than the IR
 
@@ -68,6 +66,7 @@ def read(binary: Any) -> Code:
     signature = binary.src.signature
     arguments, narrowest = trace(binary.asm["llir"], [name for name, kind in signature.items() if kind != "constexpr"])
     return Code(
+        binary.metadata.num_warps,
         registers,
         spilled,
         binary.metadata.shared,

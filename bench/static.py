@@ -29,42 +29,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from adapter_ops.kernels import backward, configs, forward, launch
-from adapter_ops.kernels.launch import Facts, Needs, Options, Weights
+from adapter_ops.kernels.launch import Needs, Options, Weights
+from bench.cards import CARDS, Card
 from bench.compiled import Code, read
 
-
-@dataclass(frozen=True)
-class Card:
-    """What a multiprocessor holds. Shared memory in bytes; registers are handed to a warp by the `granule`.
-
-    `multiprocessors` is that of the largest product. `tensor_core` names the instructions of its generation.
-    """
-
-    multiprocessors: int
-    tensor_core: str
-    shared_limit: int  # a program
-    shared: int  # all programs, each with `reserved` on top
-    warps: int
-    programs: int
-    registers: int = 65536
-    granule: int = 256
-    partitions: int = 4
-    reserved: int = 1024
-    warp_size: int = 32
-
-
-# sm_*: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; gfx942: LLVM's AMDGPU target
-CARDS = {
-    "sm_80": Card(108, "HMMA", 163 << 10, 164 << 10, 64, 32),
-    "sm_86": Card(84, "HMMA", 99 << 10, 100 << 10, 48, 16),
-    "sm_89": Card(142, "HMMA", 99 << 10, 100 << 10, 48, 24),
-    "sm_90": Card(132, "HGMMA", 227 << 10, 228 << 10, 64, 32),
-    "sm_100": Card(148, "UTCHMMA", 227 << 10, 228 << 10, 64, 32),
-    "sm_120": Card(188, "HMMA", 99 << 10, 100 << 10, 48, 24),
-    "gfx942": Card(304, "mfma", 64 << 10, 64 << 10, 32, 16, 131072, 512, 4, 0, 64),
-}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-TENSOR_MEMORY = 512  # columns a multiprocessor, where there are any
 TOKENS = (4096, 16)  # configs may choose other kernels for few tokens
 # wgmma and tcgen05 take 64 rows or more. A kernel that only runs for fewer tokens may use any generation.
 FEW = 64
@@ -98,10 +67,8 @@ class Row:
 class _Driver:
     """Stands in for a GPU's driver while compiling."""
 
-    def __init__(self, arch: str) -> None:
-        name = arch.removeprefix("sm_")
-        target = ("cuda", int(name)) if name != arch else ("hip", name)
-        self.target = GPUTarget(*target, CARDS[arch].warp_size)
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
 
     def get_current_target(self) -> GPUTarget:
         return self.target
@@ -113,15 +80,9 @@ class _Driver:
         return 0
 
 
-def facts(arch: str) -> Facts:
-    """As launch.facts gives them on such a card: ROCm's go with generation 8."""
-    name = arch.removeprefix("sm_")
-    return Facts(divmod(int(name), 10) if name != arch else (8, 0), CARDS[arch].multiprocessors)
-
-
 @contextlib.contextmanager
-def _compiling(arch: str, record: Any) -> Iterator[None]:
-    """Launches compile for `arch` and go to `record(kernel, arguments, compiled kernel or exception)` instead."""
+def _compiling(card: Card, record: Any) -> Iterator[None]:
+    """Launches compile for `card` and go to `record(kernel, arguments, compiled kernel or exception)` instead."""
 
     def launched(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         kernel.device_caches.clear()  # they are by device, and every card here is device 0
@@ -130,18 +91,44 @@ def _compiling(arch: str, record: Any) -> Iterator[None]:
         except Exception as error:  # whatever the compiler dislikes is a finding, and the next kernel may compile
             binary = error
         kernel.device_caches.clear()
-        record(kernel.__name__, dict(zip(kernel.arg_names, args)), binary)
+        record(kernel.__name__, dict(zip(kernel.arg_names, args)) | kwargs, binary)
 
-    true_facts, run = launch.facts, triton.JITFunction.run
-    launch.facts = lambda device: facts(arch)  # type: ignore[assignment]
+    facts, run = launch.facts, triton.JITFunction.run
+    launch.facts = lambda device: card.facts  # type: ignore[assignment]
     triton.JITFunction.run = launched
-    driver.set_active(_Driver(arch))
+    driver.set_active(_Driver(card.target))
     try:
         yield
     finally:
-        launch.facts, triton.JITFunction.run = true_facts, run
+        launch.facts, triton.JITFunction.run = facts, run
         with contextlib.suppress(RuntimeError):  # without a GPU there is no driver to go back to
             driver.reset_active()
+
+
+def _step(
+    M: int, D: int, R: int, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], card: Card
+) -> list[tuple[str, dict[str, int], Any]]:
+    """The launches of a training step: name, arguments that are x, dy, dx or y with the bytes of an element, binary.
+
+    `dtypes` of x, of the parameters and of the products.
+    """
+    x, dy = (torch.empty((M, D), dtype=dtypes[0], device="meta") for _ in range(2))
+    w_down, w_up = (torch.empty(shape, dtype=dtypes[1], device="meta") for shape in ((R, D), (D, R)))
+    weights = Weights(w_down, w_down.new_empty(R), w_up, w_up.new_empty(D), None)
+    options, needs = Options("gelu", 1.0, dtypes[2]), Needs(True, True, True, True, True, False)
+    launches: list[Any] = []
+    with _compiling(card, lambda *launched: launches.append(launched)):
+        y, z = forward.forward(x, x, weights, options, True)
+        assert z is not None
+        dx = backward.backward(dy, x, z, weights, options, needs, True)[0]
+
+    # A launcher may hand on a view, so a tensor is known by its storage.
+    storages = {t.untyped_storage()._cdata for t in (x, dy, y, dx) if t is not None}
+
+    def size(t: Any) -> int:
+        return t.element_size() if isinstance(t, Tensor) and t.untyped_storage()._cdata in storages else 0
+
+    return [(name, {k: n for k, t in args.items() if (n := size(t))}, binary) for name, args, binary in launches]
 
 
 def compile_all(
@@ -161,68 +148,31 @@ def compile_all(
         raise RuntimeError("TRITON_INTERPRET is set: there is nothing to compile")
     if R > configs.MAX_BOTTLENECK:
         return [Row(arch, dtype, D, R, TOKENS[0], "reference path")]
-    launches: list[tuple[str, dict[str, Any], Any]] = []
-    options = Options("gelu", 1.0, DTYPES[compute_dtype or dtype])
-    rows: dict[str, Row] = {}
+    x, parameters, products = (DTYPES[name or dtype] for name in (dtype, parameter_dtype, compute_dtype))
+    card, rows = CARDS[arch], dict[str, Row]()
     for M in TOKENS:
-        launches.clear()
-
-        def meta(*shape: int, dtype: str = parameter_dtype or dtype) -> Tensor:
-            return torch.empty(shape, dtype=DTYPES[dtype], device="meta")
-
-        x, dy, weights = (
-            meta(M, D, dtype=dtype),
-            meta(M, D, dtype=dtype),
-            Weights(meta(R, D), meta(R), meta(D, R), meta(D), None),
-        )
-        with _compiling(arch, lambda *launched: launches.append(launched)):
-            y, z = forward.forward(x, x, weights, options, True)
-            assert z is not None
-            needs = Needs(True, True, True, True, True, False)
-            dx = backward.backward(dy, x, z, weights, options, needs, True)[0]
-        # A launcher may hand on a view, so a tensor is known by its storage.
-        activations = {t.untyped_storage()._cdata for t in (x, dy, y, dx) if t is not None}
-        for name, arguments, binary in launches:
+        for name, sizes, binary in _step(M, D, R, (x, parameters, products), card):
             row = functools.partial(Row, arch, dtype, D, R, M, name)
             if isinstance(binary, Exception):
                 rows[f"{name} {M}"] = row(failures=(f"does not compile: {binary!r:.200}",))
             elif binary.hash not in rows:
                 code = read(binary)
-                sizes = {
-                    k: t.element_size()
-                    for k, t in arguments.items()
-                    if isinstance(t, Tensor) and t.untyped_storage()._cdata in activations
-                }
-                products = "tt.dot" in binary.asm["ttir"] and R >= 16 and options.dtype.itemsize == 2
-                failures = judge(code, CARDS[arch], products, M < FEW, sizes if D % 8 == 0 else {})
+                dots = "tt.dot" in binary.asm["ttir"] and R >= 16 and products.itemsize == 2
+                failures = judge(code, card, dots, M < FEW, sizes if D % 8 == 0 else {})
                 widths = {name: code.arguments[name] for name in sizes if name in code.arguments}
-                rows[binary.hash] = row(code, resident(code, CARDS[arch], binary.metadata.num_warps), widths, failures)
+                rows[binary.hash] = row(code, card.resident(code), widths, failures)
     return list(rows.values())
 
 
-def resident(code: Code, card: Card, warps: int) -> int:
-    """Programs of so many warps that a multiprocessor of `card` holds at once."""
-    registers = -(-code.registers * card.warp_size // card.granule) * card.granule
-    fits = [
-        card.programs,
-        card.warps // warps,
-        card.registers // card.partitions // max(registers, 1) * card.partitions // warps,
-        card.shared // max(code.shared + card.reserved, 1),
-    ]
-    if code.tensor_memory:
-        fits.append(TENSOR_MEMORY // code.tensor_memory)
-    return min(fits)
-
-
-def judge(code: Code, card: Card, products: bool, few: bool, sizes: dict[str, int]) -> tuple[str, ...]:
-    """What is wrong with `code`: `products` wants tensor cores, of any generation where `few`; `sizes` are the bytes an
+def judge(code: Code, card: Card, dots: bool, few: bool, sizes: dict[str, int]) -> tuple[str, ...]:
+    """What is wrong with `code`: `dots` want tensor cores, of any generation where `few`; `sizes` are the bytes an
     element of the arguments that may not be accessed one by one."""
     failures = []
     if code.spilled:
         failures.append(f"spills {code.spilled} bytes")
     if code.shared > card.shared_limit:
         failures.append(f"shared memory over the limit by {code.shared - card.shared_limit}")
-    if products and not (code.tensor_core if few else code.tensor_core.get(card.tensor_core)):
+    if dots and not (code.tensor_core if few else code.tensor_core.get(card.tensor_core)):
         failures.append(f"no {card.tensor_core}")
     for name, size in sizes.items():
         width = code.arguments.get(name)
@@ -237,18 +187,7 @@ def judge(code: Code, card: Card, products: bool, few: bool, sizes: dict[str, in
     return tuple(failures)
 
 
-HEADS = {
-    "arch": 6,
-    "dtype": 5,
-    "D": 5,
-    "R": 4,
-    "M": 5,
-    "kernel": 15,
-    "regs": 5,
-    "spilled": 8,
-    "shared": 14,
-    "resident": 9,
-}
+HEADS = dict(arch=6, dtype=5, D=5, R=4, M=5, kernel=15, regs=5, spilled=8, shared=14, resident=9)
 
 
 def line(row: Row) -> str:
@@ -296,13 +235,12 @@ def main(argv: list[str] | None = None) -> int:
             rows += found
             for row in found:
                 tqdm.write(line(row))
+            sys.stdout.flush()
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"triton": triton.__version__, "rows": [asdict(row) for row in rows]}, file, indent=1)
     bad, reference = sum(bool(row.failures) for row in rows), sum(row.kernel == "reference path" for row in rows)
-    print(
-        f"{len(rows) - reference} kernels compiled, {bad} of them fail; {reference} of {len(cells)} cells take the reference path"
-    )
+    print(f"{len(rows) - reference} kernels, {reference} cells on the reference path: {bad} failures")
     return int(bad > 0)
 
 
