@@ -16,14 +16,14 @@ from typing import Any
 import triton
 
 # An access of global memory in LLVM IR: Triton's inline PTX, LLVM's own instructions, AMD's buffer intrinsics.
-# `type` is as in v4.b32, <4 x i32>, v4i32, bfloat; `bytes` is cp.async's; a bulk copy (TMA) has neither.
+# The types are as in v4.b32, <4 x i32>, bfloat, v4i32; cp.async gives its bytes; a bulk copy (TMA) gives neither.
 ACCESS = re.compile(
-    r"\b(?P<ptx>ld|st)\.global[.\w:]*?\.(?P<ptx_type>(?:v\d\.)?[bsuf]\d+)\b"
+    r"\b(?:ld|st)\.global[.\w:]*?\.(?P<ptx>(?:v\d\.)?[bsuf]\d+)\b"
     r"|cp\.async\.c[ag]\.shared\.global[^;]*?\], (?P<bytes>0x[0-9a-f]+|\d+)"
-    r"|cp\.async\.bulk(?!\.(?:commit|wait))[.\w]*(?P<bulk>)"
-    r"|\bload (?:volatile )?(?P<load_type><[^>]+>|\w+), ptr addrspace\(1\)"
-    r"|\bstore (?:volatile )?(?P<store_type><[^>]+>|\w+) .*?, ptr addrspace\(1\)"
-    r"|@llvm\.amdgcn\.\w+\.ptr\.buffer\.(?P<buffer>load|store)\.(?P<buffer_type>\w+)"
+    r"|cp\.async\.bulk(?!\.(?:commit|wait))"
+    r"|\bload (?:volatile )?(?P<load><[^>]+>|\w+), ptr addrspace\(1\)"
+    r"|\bstore (?:volatile )?(?P<store><[^>]+>|\w+) .*?, ptr addrspace\(1\)"
+    r"|@llvm\.amdgcn\.\w+\.ptr\.buffer\.(?:load|store)\.(?P<buffer>\w+)"
 )
 LLVM_BITS = {"bfloat": 16, "half": 16, "float": 32, "double": 64, "ptr": 64}
 SASS_ACCESS = re.compile(r"\b(LDGSTS|LDG|STG)((?:\.\w+)*)\s")
@@ -50,7 +50,10 @@ class Code:
 
 
 def read(binary: Any) -> Code:
-    """What Triton's CompiledKernel `binary` holds, for a GPU of NVIDIA's or AMD's."""
+    """What Triton's CompiledKernel `binary` holds, for a GPU of NVIDIA's or AMD's.
+
+    Raises ValueError if the compiler's listing lacks a figure.
+    """
     if "cubin" in binary.asm:
         registers, spilled, code = _disassemble(binary.asm["cubin"])
         tensor_core = re.findall(r"\b(UTC\w*MMA|HGMMA|HMMA)\b", code)
@@ -63,8 +66,9 @@ def read(binary: Any) -> Code:
         registers, spilled = (int(_find(rf"; {name}: (\d+)", code)) for name in ("TotalNumVgprs", "ScratchSize"))
         tensor_core = re.findall(r"\bv_(mfma)_", code)
         accesses = [(op == "store", AMD_BYTES[unit]) for op, unit in AMD_ACCESS.findall(code)]
-    signature = binary.src.signature
-    arguments, narrowest = trace(binary.asm["llir"], [name for name, kind in signature.items() if kind != "constexpr"])
+    passed = [(name, kind) for name, kind in binary.src.signature.items() if kind != "constexpr"]
+    pointers = {i: name for i, (name, kind) in enumerate(passed) if kind.startswith("*")}
+    arguments, narrowest = trace(binary.asm["llir"], pointers)
     return Code(
         binary.metadata.num_warps,
         registers,
@@ -74,16 +78,16 @@ def read(binary: Any) -> Code:
         dict(collections.Counter(tensor_core)),
         sorted({width for store, width in accesses if not store}),
         sorted({width for store, width in accesses if store}),
-        {name: width for name, width in arguments.items() if name == "?" or signature[name].startswith("*")},
+        arguments,
         min((width for _, width in accesses), default=16) < narrowest,
     )
 
 
-def trace(llir: str, names: list[str]) -> tuple[dict[str, int], int]:
-    """The narrowest global access, in bytes, by argument of the kernel (`names`, in order), and of all.
+def trace(llir: str, pointers: dict[int, str]) -> tuple[dict[str, int], int]:
+    """Bytes of the narrowest global access by name of the pointer, as in Code.arguments, and of all.
 
-    An access belongs to every argument that its operands are computed from. What was loaded is no address, so the way
-    back ends at a load.
+    `pointers` names the kernel's arguments that are pointers, by position. An access belongs to every pointer that its
+    operands are computed from. What was loaded is no address, so the way back ends at a load.
     """
     sources: dict[str, list[str]] = {}
     accesses: list[tuple[int, list[str]]] = []
@@ -97,7 +101,7 @@ def trace(llir: str, names: list[str]) -> tuple[dict[str, int], int]:
             accesses.append((min(widths), operands))
         elif equals:
             sources[target] = operands
-    index = {f"%{i}": name for i, name in enumerate(names)}
+    index = {f"%{i}": name for i, name in pointers.items()}
     used = {operand for operands in [*sources.values(), *(a for _, a in accesses)] for operand in operands}
     found: dict[str, list[int]] = {name: [] for value, name in index.items() if value in used}
     for width, operands in accesses:
@@ -116,7 +120,7 @@ def _width(match: re.Match[str]) -> int:
     """Bytes of one access."""
     if match["bytes"]:
         return int(match["bytes"], 0)
-    text = match["ptx_type"] or match["load_type"] or match["store_type"] or match["buffer_type"]
+    text = match["ptx"] or match["load"] or match["store"] or match["buffer"]
     if text is None:
         return 16  # a bulk copy has lines of 16 bytes at least
     count, element = re.fullmatch(r"<?(?:v?(\d+)(?: x |\.)?)?([a-z]+\d*)>?", text).groups()  # type: ignore[union-attr]

@@ -123,7 +123,7 @@ define void @kernel(ptr addrspace(1) %0, ptr addrspace(1) %1, i32 %2, ptr addrsp
 
 def test_trace_leads_back_to_arguments():
     """Through a loop, not through what was loaded; an address from elsewhere and an argument lost are both told."""
-    assert trace(LLIR, ["x", "y", "M", "w"]) == ({"x": 8, "y": 4, "w": 0, "?": 16}, 4)
+    assert trace(LLIR, {0: "x", 1: "y", 3: "w"}) == ({"x": 8, "y": 4, "w": 0, "?": 16}, 4)
 
 
 @pytest.mark.parametrize(
