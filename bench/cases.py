@@ -142,7 +142,7 @@ class Case:
         return [self.call(module, mode, i) for i in range(len(self.xs))]
 
     def call(self, module: Module | None, mode: str, i: int = 0) -> Call:
-        """What to time: "fwd" without gradients, "bwd" over a forward done here and now, or both. Returns its results."""
+        """What to time, returning its results: "fwd" without gradients, "bwd" over a forward done here, or both."""
         x, dy = self.xs[i], self.dys[i]
         if module is None:
             return self._copy(x, dy, mode)

@@ -1,6 +1,7 @@
 """Times, floors, launches and memory of calls that are known to be right."""
 
 import contextlib
+import ctypes
 import math
 import statistics
 import time
@@ -10,8 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
 from .cases import Call, Case, Module, Shape
 
@@ -69,28 +69,57 @@ def capture(calls: list[Call]) -> torch.cuda.CUDAGraph:
 
     Results live until the last call is in, so that each has memory of its own, as the inputs have.
     """
-    graph = torch.cuda.CUDAGraph()
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
     results: list[Any] = []
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         for call in calls:
             results.append(call())
+    graph.instantiate()
     return graph
 
 
-def kernel_times(runs: dict[str, list[Call]], seconds: float) -> tuple[Times, dict[str, str]]:
+def nodes(graph: torch.cuda.CUDAGraph) -> int | None:
+    """Kernels, copies and fills in a graph, asked of the driver; None where it is not NVIDIA's.
+
+    A profiler would tell the same, and slow down the launches of all that is timed after it.
+    """
+    count = ctypes.c_size_t()
+    try:
+        status = ctypes.CDLL("libcuda.so.1").cuGraphGetNodes(
+            ctypes.c_void_p(graph.raw_cuda_graph()), None, ctypes.byref(count)
+        )
+    except OSError:
+        return None
+    return count.value if status == 0 else None
+
+
+@dataclass
+class Kernels:
+    """What CUDA graphs tell of each provider: samples of its time, launches a call, or why no graph could be made."""
+
+    times: Times
+    launches: dict[str, int]
+    failures: dict[str, str]
+
+
+def measure_kernels(runs: dict[str, list[Call]], seconds: float) -> Kernels:
     """Time on the GPU alone: replays of a CUDA graph of a provider's calls, in rounds over the providers.
 
-    A sample is one replay over the number of its calls. Second, the providers that no graph could be made of, and why.
+    A sample is one replay over the number of its calls.
     """
-    graphs, failures = {}, {}
+    found = Kernels({}, {}, {})
+    graphs, times = {}, found.times
     for name, calls in runs.items():
         try:
-            graphs[name] = capture(calls)
+            graphs[name] = graph = capture(calls)
         except Exception as error:  # one that cannot be captured still has its user time
-            failures[name] = message(error)
-    times: Times = {name: [] for name in graphs}
+            found.failures[name] = message(error)
+            continue
+        times[name] = []
+        if count := nodes(graph):
+            found.launches[name] = round(count / len(calls))
     if not graphs:
-        return times, failures
+        return found
 
     def rounds(count: int) -> None:
         marks = {name: [_events() for _ in range(count)] for name in graphs}
@@ -109,7 +138,7 @@ def kernel_times(runs: dict[str, list[Call]], seconds: float) -> tuple[Times, di
     for samples in times.values():
         samples.clear()
     rounds(min(100, max(7, round(seconds * len(graphs) / longest))))
-    return times, failures
+    return found
 
 
 def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
@@ -168,31 +197,6 @@ def work(shape: Shape, dtype: torch.dtype, mode: str) -> tuple[int, int]:
     """
     tensors, products = {"fwd": (2, 2), "bwd": (3, 4), "fwd+bwd": (5, 6)}[mode]
     return tensors * shape.M * shape.D * dtype.itemsize, products * 2 * shape.M * shape.D * shape.R
-
-
-def launches(runs: dict[str, Call]) -> dict[str, int]:
-    """Kernels, copies and fills that one call of each puts on the GPU, by the profiler; empty where it sees none."""
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        for name, call in runs.items():
-            torch.cuda.synchronize()
-            time.sleep(0.002)
-            with record_function(f"bench {name}"):
-                call()
-                torch.cuda.synchronize()
-    events = list(profiler.events() or [])
-    ranges = {e.name: e.time_range for e in events if e.name.startswith("bench ") and e.device_type == DeviceType.CPU}
-    starts = [
-        e.time_range.start
-        for e in events
-        if e.device_type == DeviceType.CUDA and not getattr(e, "is_user_annotation", False) and e.name[:6] != "bench "
-    ]
-    slack = 1000.0  # µs: the two clocks differ by a little, and nothing else runs so close
-    counts = {
-        name: sum(r.start - slack <= start <= r.end + slack for start in starts)
-        for name in runs
-        if (r := ranges.get(f"bench {name}"))
-    }
-    return {name: count for name, count in counts.items() if count}
 
 
 def peak_memory(case: Case, module: Module, mode: str) -> int:

@@ -54,7 +54,6 @@ class Row:
 
 
 COLUMNS = [field.name for field in fields(Row)]
-PARSERS: dict[Any, Any] = {str: str, int: int, int | None: int, float | None: float}
 
 
 class Writer:
@@ -77,7 +76,13 @@ def read(path: Path | str) -> list[Row]:
         lines = csv.DictReader(file)
         if lines.fieldnames != COLUMNS:
             raise ValueError(f"{path} has columns {lines.fieldnames}, expected {COLUMNS}")
-        types = {field.name: PARSERS[field.type] for field in fields(Row)}
-        return [
-            Row(**{n: None if t == "" and types[n] is not str else types[n](t) for n, t in r.items()}) for r in lines
-        ]
+        return [Row(**{name: _parse(name, text) for name, text in cells.items()}) for cells in lines]
+
+
+TYPES = {field.name: field.type for field in fields(Row)}
+
+
+def _parse(name: str, text: str) -> Any:
+    if TYPES[name] is str:
+        return text
+    return None if text == "" else int(text) if TYPES[name] in (int, int | None) else float(text)

@@ -67,17 +67,15 @@ def fill(case: Case, modules: dict[str, Module | None], mode: str, rows: dict[st
             runs[name] = calls
     cuda = case.device == "cuda"
     if cuda:
-        kernel, failures = measure.kernel_times(runs, seconds / 2)
-        for name, samples in kernel.items():
+        kernels = measure.measure_kernels(runs, seconds / 2)
+        for name, samples in kernels.times.items():
             row = rows[name]
             row.kernel_ms, row.kernel_p20_ms, row.kernel_p80_ms = measure.quantiles(samples)
-        for name, text in failures.items():
+            row.launches = kernels.launches.get(name)
+        for name, text in kernels.failures.items():
             rows[name].note = f"no kernel time: {text}"
     for name, samples in measure.user_times(runs, seconds / 2 if cuda else seconds, 0.01 if cuda else 0.05).items():
         rows[name].user_ms, rows[name].user_p20_ms, rows[name].user_p80_ms = measure.quantiles(samples)
-    if cuda:
-        for name, count in measure.launches({name: calls[0] for name, calls in runs.items()}).items():
-            rows[name].launches = count
 
 
 @contextlib.contextmanager
