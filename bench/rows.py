@@ -44,6 +44,10 @@ class Row:
     note: str = ""
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.M, self.D, self.R
+
+    @property
     def ms(self) -> float | None:
         """The time to compare: kernel time, or user time where there is none."""
         return self.user_ms if self.kernel_ms is None else self.kernel_ms

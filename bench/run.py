@@ -74,7 +74,8 @@ def fill(case: Case, modules: dict[str, Module | None], mode: str, rows: dict[st
             row.launches = kernels.launches.get(name)
         for name, text in kernels.failures.items():
             rows[name].note = f"no kernel time: {text}"
-    for name, samples in measure.user_times(runs, seconds / 2 if cuda else seconds, 0.01 if cuda else 0.05).items():
+    seconds = seconds / 2 if cuda else seconds
+    for name, samples in measure.user_times(runs, seconds, min(seconds / 10, 0.05)).items():
         rows[name].user_ms, rows[name].user_p20_ms, rows[name].user_p80_ms = measure.quantiles(samples)
 
 
