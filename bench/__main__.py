@@ -81,7 +81,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--providers", default=",".join(available), help="default, all that can run here: %(default)s")
     add("--dtypes", default="bfloat16" if cuda else "float32,bfloat16", help="default: %(default)s")
     add("--out", type=Path, metavar="F.csv", help="write the rows there, as they come")
-    add("--seconds", type=float, default=0.2 if cuda else 2.0, help="of timing, per row (default: %(default)s)")
+    add("--seconds", type=float, default=0.1 if cuda else 1.0, help="of timing, per row (default: %(default)s)")
     add("--max-autotune-shapes", default=CUDA_AUTOTUNE_SHAPES if cuda else "all", help="default: %(default)s")
     add("--warm", type=int, default=0, metavar="N", help="compile in N processes first, which fills the caches on disk")
     add("--commit", help="of the code, where there is no git to ask")

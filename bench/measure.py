@@ -26,7 +26,7 @@ def input_sets(shape: Shape, dtype: torch.dtype, device: str) -> int:
     """
     if device != "cuda":
         return 1
-    cache = getattr(torch.cuda.get_device_properties(), "L2_cache_size", 0) or 64 << 20
+    cache = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "L2_cache_size", 0) or 64 << 20
     return min(MAX_SETS, math.ceil(3 * cache / (shape.M * shape.D * dtype.itemsize)))
 
 
@@ -168,18 +168,19 @@ def measure_floors(dtype: torch.dtype, device: str) -> Floors:
     target = torch.empty_like(source)
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     out = torch.empty_like(a)
-    products = [lambda: torch.mm(a, b, out=out)]
+    products: list[Call] = [lambda: torch.mm(a, b, out=out)]
     if device == "cpu" and dtype != torch.float16 and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         # In fp32 torch.mm takes MKL, which on some processors is the slower of the two libraries PyTorch has.
         products.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
-    return Floors(2 * buffer / _best(lambda: target.copy_(source)), 2 * size**3 / min(map(_best, products)))
+    copy, *rest = (_median(call, device) for call in (lambda: target.copy_(source), *products))
+    return Floors(2 * buffer / copy, 2 * size**3 / min(rest))
 
 
-def _best(call: Call, repeats: int = 10) -> float:
-    """Median seconds of one call, with few of them in a row timed together on a GPU."""
+def _median(call: Call, device: str, repeats: int = 10) -> float:
+    """Median seconds of one call."""
     for _ in range(3):
         call()
-    if torch.cuda.is_available():
+    if device == "cuda":
         marks = [_events() for _ in range(repeats)]
         for start, end in marks:
             start.record()

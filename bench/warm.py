@@ -24,28 +24,31 @@ def warm(
     shapes: Sequence[Shape], dtypes: Sequence[torch.dtype], providers: Sequence[str], device: str, processes: int
 ) -> None:
     """Runs each provider once, forward and training, but for max-autotune: its trials want the GPU for themselves."""
-    names = [name for name in providers if name in ("compile", "adapter_ops")]
-    jobs = [(shape, dtype, name, device) for name in names for dtype in dtypes for shape in shapes]
+    by_weights: dict[tuple[int, int], list[Shape]] = {}  # our kernels, unlike Inductor's, are the same for every M
+    for shape in shapes:
+        by_weights.setdefault((shape.D, shape.R), []).append(shape)
+    groups = {"adapter_ops": list(by_weights.values()), "compile": [[shape] for shape in shapes]}
+    jobs = [(g, dtype, n, device) for n in groups if n in providers for dtype in dtypes for g in groups[n]]
     before = dict(os.environ)
     os.environ.update(WORKER)
     try:
         with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-            done = [pool.submit(compile_one, *job) for job in jobs]
-            for _ in tqdm(as_completed(done), total=len(jobs), unit="case", desc="compiling", disable=None):
+            done = [pool.submit(compile_all, *job) for job in jobs]
+            for _ in tqdm(as_completed(done), total=len(jobs), unit="job", desc="compiling", disable=None):
                 pass
     finally:
         os.environ.clear()
         os.environ.update(before)
 
 
-def compile_one(shape: Shape, dtype: torch.dtype, name: str, device: str) -> None:
-    torch.compiler.reset()
+def compile_all(shapes: Sequence[Shape], dtype: torch.dtype, name: str, device: str) -> None:
     torch._inductor.config.autotune_local_cache = False
-    with contextlib.suppress(Exception):  # out of memory beside the others, say: then the run compiles it
-        case = Case(shape, dtype, device)
-        module = case.make(name)
-        assert module is not None
-        for mode in PROVIDERS[name].modes:
-            case.call(module, mode)()
+    for shape in shapes:
+        torch.compiler.reset()
+        with contextlib.suppress(Exception):  # out of memory beside the others, say: then the run compiles it
+            case = Case(shape, dtype, device)
+            module = case.make(name)
+            for mode in PROVIDERS[name].modes:
+                case.call(module, mode)()
     if device == "cuda":
         torch.cuda.empty_cache()
