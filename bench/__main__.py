@@ -1,52 +1,154 @@
-"""python -m bench: the fused adapter against the unfused PyTorch module; correctness first, then times."""
+"""python -m bench: the fused adapter against every way PyTorch users write it; correctness first, then times."""
 
 import argparse
-import statistics
+import contextlib
+import datetime
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
+import triton
+from tqdm import tqdm
 
-from adapter_ops import explain
-from adapter_ops.ops import Path
+from . import measure
+from .cases import MODES, PROVIDERS, Case, Shape
+from .rows import Row, Writer
+from .run import run_case
 
-from .harness import Case, Shape, environment, gate, interleaved, runner
-
-SHAPES = "4096x768x64,16384x768x64,2048x4096x64,4096x768x8,4096x768x256"
+CPU_SHAPES = "4096x768x64,16384x768x64,2048x4096x64,4096x768x8,4096x768x256"
+SIZES = ((384, 64), (768, 8), (768, 64), (768, 256), (1024, 64), (2048, 64), (4096, 64), (4096, 256), (8192, 64))
+CUDA_SHAPES = ",".join(f"{M}x{D}x{R}" for D, R in SIZES for M in (1, 16, 64, 1024, 16384, 65536))
+CUDA_AUTOTUNE_SHAPES = "16384x768x64,65536x768x64"  # a minute of compiling each
+HEADS = (
+    f"{'M×D×R':>14} {'dtype':>8} {'mode':>7} {'provider':>12} {'user ms':>9} {'p20–p80':>17} {'kernel ms':>9} "
+    f"{'speed-up':>8} {'floor':>5} {'launches':>8} {'peak MB':>8} {'saved MB':>8} {'error':>8} {'eager’s':>8}"
+)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--shapes", default=SHAPES, help="MxDxR, comma-separated (default: %(default)s)")
-    parser.add_argument("--dtypes", default="float32,bfloat16", help="default: %(default)s")
-    parser.add_argument("--modes", default="fwd,train", help="fwd (no gradient), train (forward and backward)")
-    parser.add_argument("--seconds", type=float, default=4.0, help="per row (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args(argv)
-    shapes = [Shape.parse(s) for s in args.shapes.split(",")]
-    dtypes = [getattr(torch, d) for d in args.dtypes.split(",")]
+    args = parse(argv)
+    facts = environment(args.device, args.commit)
+    print("; ".join(f"{name} {value}" for name, value in facts.items()))
+    print("speed-up over eager and % of the floor: by kernel time, on a CPU by user time")
+    if args.warm:
+        from .warm import warm
 
-    print(environment())
-    paths: dict[Path, None] = {}
-    heads = {"M×D×R": 16, "dtype": 9, "mode": 6, "error": 6, "eager": 10, "fused": 10, "p20–p80": 17, "speed-up": 9}
-    print(" ".join(f"{name:>{width}}" for name, width in heads.items()))
-    print("error: the worst of y and all gradients against fp64, as a multiple of eager's; over 2 is not timed")
-    for shape in shapes:
-        for dtype in dtypes:
-            case = Case(shape, dtype, args.device)
-            path = explain(case.x, case.adapter.down.weight)
-            paths[path] = None
-            error = gate(case, "adapter_ops")
-            for mode in args.modes.split(","):
-                head = f"{shape.M}×{shape.D}×{shape.R}"
-                head = f"{head:>16} {str(dtype).removeprefix('torch.'):>9} {mode:>6} {error:6.2f}"
-                if not error <= 2:
-                    print(head, f"wrong (path {path.name}): not timed")
-                    continue
-                times = interleaved({n: runner(case, n, mode) for n in ("eager", "adapter_ops")}, args.seconds)
-                eager, fused = (statistics.median(times[n]) * 1e3 for n in ("eager", "adapter_ops"))
-                deciles = [1e3 * q for q in statistics.quantiles(times["adapter_ops"], n=10)]
-                print(head, f"{eager:8.3f}ms {fused:8.3f}ms {deciles[1]:8.3f}–{deciles[7]:<8.3f} {eager / fused:8.2f}×")
-    for path in paths:
-        print(f"path: {path.name}, because {path.reason}")
+        warm(args.shapes, args.dtypes, args.providers, args.device, args.warm)
+    names = {s: [n for n in args.providers if n != "max-autotune" or s in args.autotune] for s in args.shapes}
+    total = sum(mode in PROVIDERS[n].modes for s in args.shapes for n in names[s] for mode in args.modes)
+    with contextlib.ExitStack() as stack:
+        if args.device == "cuda":
+            # All on one stream, and one that can be captured: autograd ties the node of a parameter to the stream it
+            # first meets, and a capture must not wait for another.
+            stack.enter_context(torch.cuda.stream(torch.cuda.Stream()))
+        writer = None
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            writer = Writer(stack.enter_context(args.out.open("w", encoding="utf-8", newline="")))
+        bar = stack.enter_context(tqdm(total=total * len(args.dtypes), unit="row", disable=None))
+        for dtype in args.dtypes:
+            floors = measure.measure_floors(dtype, args.device)
+            bar.write(f"{dtype}: copy {floors.bandwidth / 1e9:.1f} GB/s, matmul {floors.rate / 1e12:.2f} TFLOP/s")
+            bar.write(HEADS)
+            for shape in args.shapes:
+                bar.set_description(f"{shape} {dtype}")
+                torch.compiler.reset()  # or this shape, unlike the last one's, is compiled with symbols for sizes
+                try:
+                    case = Case(shape, dtype, args.device, measure.input_sets(shape, dtype, args.device))
+                    for rows in run_case(case, names[shape], args.modes, args.seconds, floors):
+                        for row in rows:
+                            vars(row).update(facts)
+                            bar.write(line(row))
+                        if writer:
+                            writer.write(rows)
+                        bar.update(len(rows))
+                except Exception as error:  # a shape too large for the device, most likely
+                    bar.write(f"{shape} {dtype} stopped: {measure.message(error)}", file=sys.stderr)
+                sys.stdout.flush()
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    cuda = torch.cuda.is_available()
+    available = [name for name, provider in PROVIDERS.items() if provider.available()]
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    add = parser.add_argument
+    add("--shapes", default=CUDA_SHAPES if cuda else CPU_SHAPES, help="MxDxR, comma-separated (default: %(default)s)")
+    add("--modes", default=",".join(MODES), help="fwd: no gradient; bwd: backward alone (default: %(default)s)")
+    add("--providers", default=",".join(available), help="default, all that can run here: %(default)s")
+    add("--dtypes", default="bfloat16" if cuda else "float32,bfloat16", help="default: %(default)s")
+    add("--out", type=Path, metavar="F.csv", help="write the rows there, as they come")
+    add("--seconds", type=float, default=0.1 if cuda else 1.0, help="of timing, per row (default: %(default)s)")
+    add("--max-autotune-shapes", default=CUDA_AUTOTUNE_SHAPES if cuda else "all", help="default: %(default)s")
+    add("--warm", type=int, default=0, metavar="N", help="compile in N processes first, which fills the caches on disk")
+    add("--commit", help="of the code, where there is no git to ask")
+    add("--device", default="cuda" if cuda else "cpu", choices=["cpu", "cuda"])
+    args = parser.parse_args(argv)
+    try:
+        args.shapes = [Shape.parse(s) for s in args.shapes.split(",")]
+        few = args.max_autotune_shapes
+        args.autotune = args.shapes if few == "all" else [Shape.parse(s) for s in few.split(",") if s]
+        args.modes = known("mode", args.modes, MODES)
+        args.providers = known("provider", args.providers, PROVIDERS)
+        args.dtypes = [getattr(torch, d) for d in known("dtype", args.dtypes, ("float32", "float16", "bfloat16"))]
+    except ValueError as error:
+        parser.error(str(error))
+    for name in args.providers:
+        if not PROVIDERS[name].available():
+            parser.error(f"provider {name!r} needs the package {PROVIDERS[name].package!r}, which is not installed")
+    return args
+
+
+def known(kind: str, text: str, names: Iterable[str]) -> list[str]:
+    """The comma-separated names; ValueError for one that is not among `names`."""
+    found = text.split(",")
+    for name in found:
+        if name not in names:
+            raise ValueError(f"unknown {kind} {name!r}; known: {', '.join(names)}")
+    return found
+
+
+def environment(device: str, commit: str | None) -> dict[str, str]:
+    """Device, versions, commit and date, as every row names them."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        info = Path("/proc/cpuinfo")
+        model = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+        name = f"{model[1] if model else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
+        name += f", {torch.get_num_threads()} threads"
+    if commit is None:
+        with contextlib.suppress(OSError):  # no git
+            run = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+            commit = run.stdout.strip()
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    return {"device": name, **versions, "commit": commit or "unknown", "date": f"{datetime.date.today()}"}
+
+
+def line(row: Row) -> str:
+    """A row as it is printed."""
+
+    def cell(value: float | None, width: int, format: str, scale: float = 1.0) -> str:
+        return " " * width if value is None else f"{value * scale:>{width}{format}}"
+
+    spread = "" if row.user_p20_ms is None else f"{row.user_p20_ms:.4f}–{row.user_p80_ms:.4f}"
+    cells = [
+        f"{row.M}×{row.D}×{row.R}".rjust(14) + f" {row.dtype:>8} {row.mode:>7} {row.provider:>12}",
+        cell(row.user_ms, 9, ".4f") + f" {spread:>17}",
+        cell(row.kernel_ms, 9, ".4f"),
+        cell(row.speedup, 7, ".2f") + ("×" if row.speedup else " "),
+        cell(row.percent_of_floor, 4, ".0f") + ("%" if row.percent_of_floor else " "),
+        cell(row.launches, 8, ".0f"),
+        cell(row.peak_bytes, 8, ".1f", 1e-6),
+        cell(row.saved_bytes, 8, ".1f", 1e-6),
+        cell(row.error, 8, ".1e"),
+        cell(row.eager_error, 8, ".1e"),
+        "" if row.note.startswith("path") else row.note,
+    ]
+    return " ".join(cells).rstrip()
 
 
 if __name__ == "__main__":
