@@ -66,9 +66,7 @@ def read(binary: Any) -> Code:
         registers, spilled = (int(_find(rf"; {name}: (\d+)", code)) for name in ("TotalNumVgprs", "ScratchSize"))
         tensor_core = re.findall(r"\bv_(mfma)_", code)
         accesses = [(op == "store", AMD_BYTES[unit]) for op, unit in AMD_ACCESS.findall(code)]
-    passed = [(name, kind) for name, kind in binary.src.signature.items() if kind != "constexpr"]
-    pointers = {i: name for i, (name, kind) in enumerate(passed) if kind.startswith("*")}
-    arguments, narrowest = trace(binary.asm["llir"], pointers)
+    arguments, narrowest = trace(binary.asm["llir"], _pointers(binary.src.signature))
     return Code(
         binary.metadata.num_warps,
         registers,
@@ -81,6 +79,18 @@ def read(binary: Any) -> Code:
         arguments,
         min((width for _, width in accesses), default=16) < narrowest,
     )
+
+
+def _pointers(signature: dict[str, str]) -> dict[int, str]:
+    """Names of the arguments that lead to memory, by position in the machine's list of arguments."""
+    found, position = {}, 0
+    for name, kind in signature.items():
+        if kind.startswith(("*", "tensordesc")):
+            found[position] = name
+        if kind.startswith("tensordesc"):
+            position += 2 * (_find(r"\[([^\]]*)\]", kind).count(",") + 1)  # the sizes and strides of its dimensions
+        position += kind != "constexpr"
+    return found
 
 
 def trace(llir: str, pointers: dict[int, str]) -> tuple[dict[str, int], int]:

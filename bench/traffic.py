@@ -32,7 +32,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 from adapter_ops.kernels import backward, configs, forward, launch
 from adapter_ops.kernels.launch import Facts, Needs, Options, Weights
 
-from .harness import Shape
+from .cases import Shape
 
 SHAPES = ",".join(f"65536x{D}x{R}" for D in (768, 1024, 4096) for R in (8, 64, 256))
 HOPPER = Facts((9, 0), 132)

@@ -19,9 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import launch, split
 from .activations import find_activation
-from .launch import Needs, Options, Weights, cdiv, device_guard, dot_options, scale_stride, tile_options
+from .configs import blocks
+from .launch import Needs, Options, Weights, device_guard, dot_options, scale_stride, tile_options
 
 
 @triton.jit
@@ -33,7 +34,7 @@ def dz_kernel(
     scale_ptr,  # [1] (SCALE_STRIDE 0), [D] (SCALE_STRIDE 1) or None
     dz_ptr,  # [M, R] or None
     h_ptr,  # [M, R] or None
-    b_down_partial_ptr,  # [R, programs] or None: Σ dz over a program's rows
+    b_down_partial_ptr,  # [R, P] or None: Σ dz over each of P blocks of rows
     M,
     stride_dym,
     D: tl.constexpr,
@@ -47,9 +48,10 @@ def dz_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M
+    R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R  # neighbours in time share their rows of dy in L2
+    row = (tl.program_id(0) // R_BLOCKS).to(tl.int64) * BLOCK_M
     offs_m = tl.arange(0, BLOCK_M)
-    offs_r = tl.arange(0, BLOCK_R)
+    offs_r = tl.program_id(0) % R_BLOCKS * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_m = offs_m < M - row
     mask_r = offs_r < R
     offs_mr = offs_m[:, None] * R + offs_r[None, :]
@@ -84,7 +86,8 @@ def dz_kernel(
     if h_ptr is not None:
         tl.store(h_ptr + row * R + offs_mr, h, mask=mask_mr)
     if b_down_partial_ptr is not None:
-        tl.store(b_down_partial_ptr + offs_r * tl.num_programs(0) + tl.program_id(0), tl.sum(dz, axis=0), mask=mask_r)
+        P = tl.num_programs(0) // R_BLOCKS
+        tl.store(b_down_partial_ptr + offs_r * P + tl.program_id(0) // R_BLOCKS, tl.sum(dz, axis=0), mask=mask_r)
 
 
 @triton.jit
@@ -94,7 +97,7 @@ def weights_kernel(
     h_ptr,  # [M, R]
     dz_ptr,  # [M, R]
     w_down_ptr,  # [R, D]
-    dx_ptr,  # [M, D] or None
+    dx_ptr,  # [M, D] or None, as where R has more than one block
     up_partial_ptr,  # [S, D, R] or None: dyᵀ · h
     b_up_partial_ptr,  # [S, D] or None: Σ dy
     down_partial_ptr,  # [S, D, R] or None: xᵀ · dz
@@ -113,11 +116,13 @@ def weights_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    pid_d = tl.program_id(0)
+    R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
+    pid_d = tl.program_id(0) // R_BLOCKS
+    pid_r = tl.program_id(0) % R_BLOCKS
     pid_s = tl.program_id(1).to(tl.int64)
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    offs_r = tl.arange(0, BLOCK_R)
+    offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_mr = offs_m[:, None] * R + offs_r[None, :]
     mask_d = offs_d < D
     mask_r = offs_r < R
@@ -195,7 +200,8 @@ def weights_kernel(
     if b_up_partial_ptr is not None:
         if SUM_BY_DOT:
             b_up = tl.max(b_up, axis=1)  # the columns are equal
-        tl.store(b_up_partial_ptr + pid_s * D + offs_d, b_up, mask=mask_d)
+        if pid_r == 0:
+            tl.store(b_up_partial_ptr + pid_s * D + offs_d, b_up, mask=mask_d)
 
 
 @triton.jit
@@ -224,37 +230,43 @@ def reduce_kernel(
     BLOCK_P: tl.constexpr,
 ):
     offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    offs_r = tl.arange(0, BLOCK_R)
     mask_d = offs_d < D
-    mask_r = offs_r < R
-    offs_dr = offs_d[:, None] * R + offs_r[None, :]
-    mask_dr = mask_d[:, None] & mask_r[None, :]
 
-    up = tl.zeros([BLOCK_D, BLOCK_R], dtype=ACC)
-    down = tl.zeros([BLOCK_D, BLOCK_R], dtype=ACC)
     b_up = tl.zeros([BLOCK_D], dtype=ACC)
-    for i in tl.range(S, loop_unroll_factor=4):  # or each round waits for its loads
-        if up_partial_ptr is not None:
-            up += tl.load(up_partial_ptr + i * D * R + offs_dr, mask=mask_dr, other=0.0)
-        if down_partial_ptr is not None:
-            down += tl.load(down_partial_ptr + i * D * R + offs_dr, mask=mask_dr, other=0.0)
-        if b_up_partial_ptr is not None:
+    if b_up_partial_ptr is not None:
+        for i in range(S):
             b_up += tl.load(b_up_partial_ptr + i * D + offs_d, mask=mask_d, other=0.0)
-
     if scale_ptr is not None:
         s = tl.load(scale_ptr + offs_d * SCALE_STRIDE, mask=mask_d, other=0.0).to(ACC)  # [BLOCK_D]
     else:
         s = tl.zeros([BLOCK_D], dtype=ACC) + scale
-    if dw_up_ptr is not None:
-        tl.store(dw_up_ptr + offs_dr, up * s[:, None], mask=mask_dr)
     if db_up_ptr is not None:
         tl.store(db_up_ptr + offs_d, b_up * s, mask=mask_d)
-    if dw_down_ptr is not None:
-        tl.store(dw_down_ptr + offs_r[None, :] * D + offs_d[:, None], down, mask=mask_dr)
+    dscale = b_up
     if dscale_ptr is not None:
-        dscale = tl.sum(up * tl.load(w_up_ptr + offs_dr, mask=mask_dr, other=0.0).to(ACC), axis=1)
         if b_up_ptr is not None:
-            dscale += b_up * tl.load(b_up_ptr + offs_d, mask=mask_d, other=0.0).to(ACC)
+            dscale *= tl.load(b_up_ptr + offs_d, mask=mask_d, other=0.0).to(ACC)
+
+    for start_r in range(0, R, BLOCK_R):
+        offs_r = start_r + tl.arange(0, BLOCK_R)
+        mask_r = offs_r < R
+        offs_dr = offs_d[:, None] * R + offs_r[None, :]
+        mask_dr = mask_d[:, None] & mask_r[None, :]
+        up = tl.zeros([BLOCK_D, BLOCK_R], dtype=ACC)
+        down = tl.zeros([BLOCK_D, BLOCK_R], dtype=ACC)
+        for i in tl.range(S, loop_unroll_factor=4):  # or each round waits for its loads
+            offs_sdr = tl.cast(i, tl.int64) * D * R + offs_dr
+            if up_partial_ptr is not None:
+                up += tl.load(up_partial_ptr + offs_sdr, mask=mask_dr, other=0.0)
+            if down_partial_ptr is not None:
+                down += tl.load(down_partial_ptr + offs_sdr, mask=mask_dr, other=0.0)
+        if dw_up_ptr is not None:
+            tl.store(dw_up_ptr + offs_dr, up * s[:, None], mask=mask_dr)
+        if dw_down_ptr is not None:
+            tl.store(dw_down_ptr + offs_r[None, :] * D + offs_d[:, None], down, mask=mask_dr)
+        if dscale_ptr is not None:
+            dscale += tl.sum(up * tl.load(w_up_ptr + offs_dr, mask=mask_dr, other=0.0).to(ACC), axis=1)
+    if dscale_ptr is not None:
         tl.store(dscale_ptr + offs_d, dscale, mask=mask_d)
     if db_down_ptr is not None:
         for r in range(tl.program_id(0), R, tl.num_programs(0)):
@@ -291,19 +303,20 @@ def backward(
     dw_up, db_up = new(needs.w_up, D, R, dtype=w_up.dtype), new(needs.b_up, D, dtype=w_up.dtype)
     dscale = new(needs.scale, D)
 
-    tiles = tile_options("weights", D, R, (dy, x, z, w_down), x.device)
-    columns, rows = cdiv(D, tiles["BLOCK_D"]), cdiv(M, tiles["BLOCK_M"])
+    tiles = tile_options("weights", M, D, R, (dy, x, z, w_down), x.device)
+    rows, r_blocks = blocks(M, tiles["BLOCK_M"]), blocks(R, tiles["BLOCK_R"])
+    columns = blocks(D, tiles["BLOCK_D"]) * r_blocks
     slices = max(1, launch.facts(x.device).multiprocessors // columns)  # one program a multiprocessor
-    rows_per_slice = cdiv(rows, slices) * tiles["BLOCK_M"]
-    slices = cdiv(M, rows_per_slice) if M else 0
+    rows_per_slice = blocks(rows, slices) * tiles["BLOCK_M"]
+    slices = blocks(M, rows_per_slice) if M else 0
     partials = [new(need_up, slices, D, R), new(need_b_up, slices, D), new(needs.w_down, slices, D, R)]
-    dz_tiles = tile_options("dz", D, R, (dy, z, w_up), x.device)
-    dz_programs = cdiv(M, dz_tiles["BLOCK_M"])
-    b_down_partial = new(needs.b_down, R, dz_programs)
+    dz_tiles = tile_options("dz", M, D, R, (dy, z, w_up), x.device)
+    dz_rows = blocks(M, dz_tiles["BLOCK_M"])
+    b_down_partial = new(needs.b_down, R, dz_rows)
 
     with device_guard(x):
         if M and (need_dz or need_up):
-            dz_kernel[(dz_programs,)](
+            dz_kernel[(dz_rows * blocks(R, dz_tiles["BLOCK_R"]),)](
                 dy,
                 z,
                 w_up,
@@ -321,14 +334,16 @@ def backward(
                 **dots,
                 **dz_tiles,
             )
-        if M and any((needs.x, need_up, need_b_up, needs.w_down)):
+        if M and dz is not None and dx is not None and r_blocks > 1:
+            split.input_gradient(dz, w_down, dy if residual_is_x else None, dx)
+        if M and (any((need_up, need_b_up, needs.w_down)) or (needs.x and r_blocks == 1)):
             weights_kernel[(columns, slices)](
                 dy,
                 x,
                 h,
                 dz,
                 w_down,
-                dx,
+                dx if r_blocks == 1 else None,
                 *partials,
                 M,
                 rows_per_slice,
@@ -342,9 +357,9 @@ def backward(
                 **tiles,
             )
         if any(needs[1:]):
-            reduce_tiles = tile_options("reduce", D, R, (z,), x.device)
+            reduce_tiles = tile_options("reduce", M, D, R, (z,), x.device)
             del reduce_tiles["BLOCK_M"]
-            reduce_kernel[(cdiv(D, reduce_tiles["BLOCK_D"]),)](
+            reduce_kernel[(blocks(D, reduce_tiles["BLOCK_D"]),)](
                 *partials,
                 b_down_partial,
                 w_up,
@@ -357,7 +372,7 @@ def backward(
                 db_down,
                 dscale,
                 slices,
-                dz_programs,
+                dz_rows,
                 D=D,
                 R=R,
                 SCALE_STRIDE=scale_stride(scale_tensor),

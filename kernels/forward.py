@@ -1,4 +1,4 @@
-"""Forward: the whole adapter in one kernel.
+"""Forward: the whole adapter in one kernel, or in the two of split.py where configs.py has few rows or a large R.
 
     z = x · W_downᵀ + b_down                        [M, R]
     y = residual + scale · (act(z) · W_upᵀ + b_up)  [M, D]
@@ -8,13 +8,18 @@ second read of x (as the residual) starts with the columns that are still in L2.
 backward) written to device memory: 4·M·D bytes in 16-bit, plus M·R.
 """
 
+import functools
+from types import ModuleType
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import configs, launch, split
 from .activations import find_activation
-from .launch import Options, Weights, cdiv, device_guard, dot_options, scale_stride, tile_options
+from .configs import blocks
+from .launch import Options, Weights, device_guard, dot_options, scale_stride, tile_options, widest
 
 
 @triton.jit
@@ -90,6 +95,16 @@ def forward_kernel(
         tl.store(y_ptr + row * D + offs_m[:, None] * D + offs_d[None, :], residual.to(ACC) + y, mask=mask)
 
 
+@functools.cache
+def _hopper() -> ModuleType | None:
+    """hopper.py, where Triton is of a version it was tried with: Gluon is experimental, and its names change."""
+    if not (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9):
+        return None
+    from . import hopper
+
+    return hopper
+
+
 def forward(
     x: Tensor, residual: Tensor, weights: Weights, options: Options, save_z: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -103,9 +118,18 @@ def forward(
     z = torch.empty((M, R), dtype=dtype, device=x.device) if save_z else None
     if M == 0:
         return y, z
-    tiles = tile_options("forward", D, R, (x, residual, weights.w_down), x.device)
+    tensors, facts = (x, residual, weights.w_down), launch.facts(x.device)
     with device_guard(x):
-        forward_kernel[(cdiv(M, tiles["BLOCK_M"]),)](
+        resident = configs.resident(M, D, R, *facts) if residual is x and not launch.INTERPRETED else None
+        if resident and (hopper := _hopper()) and hopper.fits(x, weights, options):
+            hopper.forward(x, weights, options, y, z, resident)
+            return y, z
+        splits = configs.splits(M, D, R, widest(tensors), *facts)
+        if splits:
+            split.forward(x, residual, weights, options, y, z, splits)
+            return y, z
+        tiles = tile_options("forward", M, D, R, tensors, x.device)
+        forward_kernel[(blocks(M, tiles["BLOCK_M"]),)](
             x,
             residual,
             weights.w_down,

@@ -16,7 +16,7 @@ from triton import cdiv
 from adapter_ops.kernels import launch
 from adapter_ops.kernels.launch import Needs
 from bench import traffic
-from bench.harness import Shape
+from bench.cases import Shape
 
 ROOT = Path(__file__).parent.parent
 interpreted = pytest.mark.skipif(
