@@ -18,7 +18,6 @@ from . import cpu, reference
 from .kernels import backward as triton_backward
 from .kernels import forward as triton_forward
 from .kernels import launch
-from .kernels.configs import MAX_BOTTLENECK
 from .kernels.launch import Needs, Options, Weights
 
 
@@ -61,8 +60,8 @@ def _choose(x: Tensor, w_down: Tensor) -> Path:
         return _CPU_SMALL if torch.is_grad_enabled() and x.numel() < SMALL else _CPU
     if kind not in ("cpu", "cuda"):
         return Path("reference", f"no kernels for device type {kind!r}")
-    if w_down.shape[0] > MAX_BOTTLENECK:
-        return Path("reference", f"bottleneck {w_down.shape[0]} is over {MAX_BOTTLENECK}, the most the kernels hold")
+    if w_down.numel() >= 1 << 31:
+        return Path("reference", f"a weight {list(w_down.shape)} has more elements than the kernels address, 2^31 - 1")
     if launch.INTERPRETED:
         return _INTERPRETER
     if x.dtype == torch.float64:

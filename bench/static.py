@@ -20,12 +20,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from adapter_ops.kernels import backward, forward, launch
+from adapter_ops.kernels import backward, forward, launch, split
 from adapter_ops.kernels.launch import Facts, Needs, Options, Weights
 
 # compute capability -> bytes of shared memory a program may have (CUDA C++ Programming Guide, specifications)
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-KERNELS = (forward.forward_kernel, backward.dz_kernel, backward.weights_kernel, backward.reduce_kernel)
+KERNELS = (
+    forward.forward_kernel,
+    split.down_kernel,
+    split.up_kernel,
+    backward.dz_kernel,
+    backward.weights_kernel,
+    backward.reduce_kernel,
+)
 TENSOR_CORE = r"\b(UTC\w*MMA|HGMMA|HMMA)\b"
 
 
@@ -63,19 +70,19 @@ def compile_all(
     arch: int,
     parameter_dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype | None = None,
+    M: int = 1 << 16,
 ) -> list[Compiled]:
-    """Every kernel of a training step at its default config, for `arch` such as 90.
+    """Every kernel of a training step on M tokens at its default config, for `arch` such as 90.
 
-    x has `dtype`; so have the parameters and the products unless told otherwise.
+    x has `dtype`; so have the parameters and the products unless told otherwise. Where up_kernel runs twice, for y and
+    for dx, the first is listed.
     """
     if launch.INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set: there is nothing to compile")
     compiled: dict[str, Any] = {}
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        compiled[kernel.__name__] = run(kernel, *args, grid=grid, warmup=True, **kwargs)
-
-    M = 4096
+        compiled.setdefault(kernel.__name__, run(kernel, *args, grid=grid, warmup=True, **kwargs))
 
     def meta(*shape: int, dtype: torch.dtype = parameter_dtype or dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import launch, split
 from .activations import find_activation
 from .launch import Needs, Options, Weights, device_guard, dot_options, scale_stride, tile_options
 
@@ -45,9 +45,10 @@ def dz_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M
+    R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R  # neighbours in time share their rows of dy in L2
+    row = (tl.program_id(0) // R_BLOCKS).to(tl.int64) * BLOCK_M
     offs_m = tl.arange(0, BLOCK_M)
-    offs_r = tl.arange(0, BLOCK_R)
+    offs_r = tl.program_id(0) % R_BLOCKS * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_m = offs_m < M - row
     mask_r = offs_r < R
     offs_mr = offs_m[:, None] * R + offs_r[None, :]
@@ -89,7 +90,7 @@ def weights_kernel(
     h_ptr,  # [M, R]
     dz_ptr,  # [M, R]
     w_down_ptr,  # [R, D]
-    dx_ptr,  # [M, D] or None
+    dx_ptr,  # [M, D] or None, as where R has more than one block
     up_partial_ptr,  # [S, D, R] or None: dyᵀ · h
     b_up_partial_ptr,  # [S, D] or None: Σ dy
     down_partial_ptr,  # [S, D, R] or None: xᵀ · dz
@@ -108,11 +109,13 @@ def weights_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    pid_d = tl.program_id(0)
+    R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
+    pid_d = tl.program_id(0) // R_BLOCKS
+    pid_r = tl.program_id(0) % R_BLOCKS
     pid_s = tl.program_id(1).to(tl.int64)
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    offs_r = tl.arange(0, BLOCK_R)
+    offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_mr = offs_m[:, None] * R + offs_r[None, :]
     mask_d = offs_d < D
     mask_r = offs_r < R
@@ -183,7 +186,8 @@ def weights_kernel(
     if down_partial_ptr is not None:
         tl.store(down_partial_ptr + pid_s * D * R + offs_dr, down, mask=mask_dr)
     if b_up_partial_ptr is not None:
-        tl.store(b_up_partial_ptr + pid_s * D + offs_d, b_up, mask=mask_d)
+        if pid_r == 0:
+            tl.store(b_up_partial_ptr + pid_s * D + offs_d, b_up, mask=mask_d)
     if b_down_partial_ptr is not None:
         if pid_d == 0:
             tl.store(b_down_partial_ptr + pid_s * R + offs_r, b_down, mask=mask_r)
@@ -213,44 +217,50 @@ def reduce_kernel(
     BLOCK_R: tl.constexpr,
 ):
     offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    offs_r = tl.arange(0, BLOCK_R)
     mask_d = offs_d < D
-    mask_r = offs_r < R
-    offs_dr = offs_d[:, None] * R + offs_r[None, :]
-    mask_dr = mask_d[:, None] & mask_r[None, :]
 
-    up = tl.zeros([BLOCK_D, BLOCK_R], dtype=ACC)
-    down = tl.zeros([BLOCK_D, BLOCK_R], dtype=ACC)
     b_up = tl.zeros([BLOCK_D], dtype=ACC)
-    for i in range(S):
-        if up_partial_ptr is not None:
-            up += tl.load(up_partial_ptr + i * D * R + offs_dr, mask=mask_dr, other=0.0)
-        if down_partial_ptr is not None:
-            down += tl.load(down_partial_ptr + i * D * R + offs_dr, mask=mask_dr, other=0.0)
-        if b_up_partial_ptr is not None:
+    if b_up_partial_ptr is not None:
+        for i in range(S):
             b_up += tl.load(b_up_partial_ptr + i * D + offs_d, mask=mask_d, other=0.0)
-
     if scale_ptr is not None:
         s = tl.load(scale_ptr + offs_d * SCALE_STRIDE, mask=mask_d, other=0.0).to(ACC)  # [BLOCK_D]
     else:
         s = tl.zeros([BLOCK_D], dtype=ACC) + scale
-    if dw_up_ptr is not None:
-        tl.store(dw_up_ptr + offs_dr, up * s[:, None], mask=mask_dr)
     if db_up_ptr is not None:
         tl.store(db_up_ptr + offs_d, b_up * s, mask=mask_d)
-    if dw_down_ptr is not None:
-        tl.store(dw_down_ptr + offs_r[None, :] * D + offs_d[:, None], down, mask=mask_dr)
+    dscale = b_up
     if dscale_ptr is not None:
-        dscale = tl.sum(up * tl.load(w_up_ptr + offs_dr, mask=mask_dr, other=0.0).to(ACC), axis=1)
         if b_up_ptr is not None:
-            dscale += b_up * tl.load(b_up_ptr + offs_d, mask=mask_d, other=0.0).to(ACC)
+            dscale *= tl.load(b_up_ptr + offs_d, mask=mask_d, other=0.0).to(ACC)
+
+    for start_r in range(0, R, BLOCK_R):
+        offs_r = start_r + tl.arange(0, BLOCK_R)
+        mask_r = offs_r < R
+        offs_dr = offs_d[:, None] * R + offs_r[None, :]
+        mask_dr = mask_d[:, None] & mask_r[None, :]
+        up = tl.zeros([BLOCK_D, BLOCK_R], dtype=ACC)
+        down = tl.zeros([BLOCK_D, BLOCK_R], dtype=ACC)
+        for i in range(S):
+            offs_sdr = tl.cast(i, tl.int64) * D * R + offs_dr
+            if up_partial_ptr is not None:
+                up += tl.load(up_partial_ptr + offs_sdr, mask=mask_dr, other=0.0)
+            if down_partial_ptr is not None:
+                down += tl.load(down_partial_ptr + offs_sdr, mask=mask_dr, other=0.0)
+        if dw_up_ptr is not None:
+            tl.store(dw_up_ptr + offs_dr, up * s[:, None], mask=mask_dr)
+        if dw_down_ptr is not None:
+            tl.store(dw_down_ptr + offs_r[None, :] * D + offs_d[:, None], down, mask=mask_dr)
+        if dscale_ptr is not None:
+            dscale += tl.sum(up * tl.load(w_up_ptr + offs_dr, mask=mask_dr, other=0.0).to(ACC), axis=1)
+        if db_down_ptr is not None:
+            if tl.program_id(0) == 0:
+                b_down = tl.zeros([BLOCK_R], dtype=ACC)
+                for i in range(S):
+                    b_down += tl.load(b_down_partial_ptr + i * R + offs_r, mask=mask_r, other=0.0)
+                tl.store(db_down_ptr + offs_r, b_down, mask=mask_r)
+    if dscale_ptr is not None:
         tl.store(dscale_ptr + offs_d, dscale, mask=mask_d)
-    if db_down_ptr is not None:
-        if tl.program_id(0) == 0:
-            b_down = tl.zeros([BLOCK_R], dtype=ACC)
-            for i in range(S):
-                b_down += tl.load(b_down_partial_ptr + i * R + offs_r, mask=mask_r, other=0.0)
-            tl.store(db_down_ptr + offs_r, b_down, mask=mask_r)
 
 
 def backward(
@@ -279,8 +289,9 @@ def backward(
     dw_up, db_up = new(needs.w_up, D, R, dtype=w_up.dtype), new(needs.b_up, D, dtype=w_up.dtype)
     dscale = new(needs.scale, D)
 
-    tiles = tile_options("weights", D, R, (dy, x, z, w_down), x.device)
-    columns, rows = triton.cdiv(D, tiles["BLOCK_D"]), triton.cdiv(M, tiles["BLOCK_M"])
+    tiles = tile_options("weights", M, D, R, (dy, x, z, w_down), x.device)
+    rows, r_blocks = triton.cdiv(M, tiles["BLOCK_M"]), triton.cdiv(R, tiles["BLOCK_R"])
+    columns = triton.cdiv(D, tiles["BLOCK_D"]) * r_blocks
     slices = max(1, launch.facts(x.device).multiprocessors // columns)  # one program a multiprocessor
     rows_per_slice = triton.cdiv(rows, slices) * tiles["BLOCK_M"]
     slices = triton.cdiv(M, rows_per_slice) if M else 0
@@ -293,8 +304,8 @@ def backward(
 
     with device_guard(x):
         if M and (need_dz or need_up):
-            dz_tiles = tile_options("dz", D, R, (dy, z, w_up), x.device)
-            dz_kernel[(triton.cdiv(M, dz_tiles["BLOCK_M"]),)](
+            dz_tiles = tile_options("dz", M, D, R, (dy, z, w_up), x.device)
+            dz_kernel[(triton.cdiv(M, dz_tiles["BLOCK_M"]) * triton.cdiv(R, dz_tiles["BLOCK_R"]),)](
                 dy,
                 z,
                 w_up,
@@ -311,14 +322,16 @@ def backward(
                 **dots,
                 **dz_tiles,
             )
-        if M and any(needs):
+        if M and dz is not None and dx is not None and r_blocks > 1:
+            split.input_gradient(dz, w_down, dy if residual_is_x else None, dx)
+        if M and (any(needs[1:]) or (needs.x and r_blocks == 1)):
             weights_kernel[(columns, slices)](
                 dy,
                 x,
                 h,
                 dz,
                 w_down,
-                dx,
+                dx if r_blocks == 1 else None,
                 *partials,
                 M,
                 rows_per_slice,
@@ -331,7 +344,7 @@ def backward(
                 **tiles,
             )
         if any(needs[1:]):
-            reduce_tiles = tile_options("reduce", D, R, (z,), x.device)
+            reduce_tiles = tile_options("reduce", M, D, R, (z,), x.device)
             del reduce_tiles["BLOCK_M"]
             reduce_kernel[(triton.cdiv(D, reduce_tiles["BLOCK_D"]),)](
                 *partials,

@@ -1,10 +1,12 @@
-"""Launch configs: a pure function of (kernel, D, R, dtype, compute capability). One table, one place.
+"""Launch configs: a pure function of (kernel, M, D, R, dtype, compute capability). One table, one place.
 
 Every entry compiles without a spill at D = 768 and fits the shared memory of its cards (static: Triton 3.9, `python -m
 bench.static` shows it; where an entry spills, a comment says so). No GPU has timed them yet.
 """
 
-from dataclasses import dataclass
+import functools
+import math
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -18,116 +20,160 @@ class Config:
     BLOCK_D: int
     num_warps: int
     num_stages: int
+    BLOCK_R: int = 0  # the most a tile holds of R; 0 is all of it
 
 
-# TABLE[tensor-core generation, bytes an element][kernel][R rounded up to a power of two]
+# TABLE[tensor-core generation, bytes an element][kernel][R, at most]; a kernel's last row is for any larger R too.
+# forward holds all of R in one tile: past its last row the pair of split.py takes over.
 # Generation 8: mma, 99 KB of shared memory (sm_80, sm_86, sm_89, sm_120). 9: wgmma, 227 KB; it needs a tile side of 64
-# or more in front, and at R = 256 dz keeps to that and spills 40 bytes outside its loop. 10: tcgen05, 227 KB.
+# or more in front. 10: tcgen05, 227 KB.
 TABLE: dict[tuple[int, int], dict[str, dict[int, Config]]] = {
     (8, 2): {
         "forward": {
             32: Config(64, 128, 4, 3),
             64: Config(128, 64, 8, 3),
             128: Config(64, 64, 8, 3),
-            256: Config(64, 64, 8, 2),
         },
         "dz": {
             32: Config(64, 128, 4, 3),
             64: Config(128, 64, 8, 3),
             128: Config(64, 64, 8, 3),
-            256: Config(32, 64, 8, 3),
+            256: Config(64, 64, 8, 3, BLOCK_R=128),
         },
         "weights": {
             16: Config(64, 128, 8, 3),
             32: Config(64, 128, 8, 2),
             64: Config(32, 128, 8, 2),
             128: Config(32, 64, 8, 2),
-            256: Config(32, 32, 8, 3),
+            256: Config(32, 64, 8, 3, BLOCK_R=128),
         },
+        "down": {256: Config(128, 64, 8, 3, BLOCK_R=128)},
+        "up": {256: Config(128, 128, 8, 3, BLOCK_R=64)},
     },
     (8, 4): {
         "forward": {
             32: Config(64, 64, 4, 3),
             64: Config(128, 32, 8, 3),
             128: Config(128, 32, 8, 2),
-            256: Config(64, 32, 8, 2),
         },
         "dz": {
             32: Config(64, 64, 8, 3),
             64: Config(128, 32, 8, 3),
-            256: Config(64, 32, 8, 3),
+            256: Config(64, 32, 8, 3, BLOCK_R=128),
         },
         "weights": {
             16: Config(32, 128, 8, 3),
             64: Config(16, 128, 8, 3),
             128: Config(16, 64, 8, 3),
-            256: Config(16, 32, 8, 2),
+            256: Config(16, 64, 8, 3, BLOCK_R=128),
         },
+        "down": {256: Config(128, 32, 8, 3, BLOCK_R=64)},
+        "up": {256: Config(128, 64, 8, 3, BLOCK_R=32)},
     },
     (9, 2): {
         "forward": {
             32: Config(64, 128, 4, 3),
             128: Config(128, 64, 8, 3),
-            256: Config(64, 64, 8, 3),
         },
         "dz": {
             32: Config(64, 128, 4, 3),
             64: Config(128, 64, 8, 3),
             128: Config(64, 64, 8, 3),
-            256: Config(64, 64, 16, 3),
+            256: Config(64, 64, 8, 3, BLOCK_R=128),
         },
         "weights": {
             64: Config(64, 128, 8, 3),
             128: Config(64, 64, 8, 3),
-            256: Config(64, 32, 16, 3),
+            256: Config(64, 128, 8, 2, BLOCK_R=128),
         },
+        "down": {256: Config(128, 64, 8, 3, BLOCK_R=128)},
+        "up": {256: Config(128, 128, 8, 3, BLOCK_R=64)},
     },
     (9, 4): {
         "forward": {
             32: Config(64, 64, 4, 3),
             128: Config(128, 32, 8, 3),
-            256: Config(64, 32, 8, 3),
         },
         "dz": {
             32: Config(64, 64, 4, 3),
             64: Config(128, 32, 8, 3),
             128: Config(64, 64, 8, 3),
-            256: Config(32, 64, 8, 3),
+            256: Config(64, 64, 8, 3, BLOCK_R=128),
         },
         "weights": {
             16: Config(32, 128, 8, 3),
             64: Config(16, 128, 8, 3),
             128: Config(16, 64, 8, 3),
-            256: Config(16, 32, 8, 2),
+            256: Config(16, 64, 8, 3, BLOCK_R=128),
         },
+        "down": {256: Config(128, 32, 8, 3, BLOCK_R=128)},
+        "up": {256: Config(128, 64, 8, 3, BLOCK_R=32)},
     },
 }
-TABLE[10, 2] = TABLE[9, 2] | {
-    "dz": TABLE[9, 2]["dz"] | {256: Config(64, 64, 8, 2)},
-    "weights": TABLE[9, 2]["weights"] | {256: Config(64, 64, 8, 2)},
-}
+TABLE[10, 2] = TABLE[9, 2].copy()
 TABLE[10, 4] = TABLE[9, 4] | {"forward": TABLE[9, 4]["forward"] | {64: Config(128, 32, 8, 2)}}
+
+# FEW_ROWS[bytes an element][kernel][M, at most] takes precedence over TABLE. With few rows the time of a kernel is that
+# of one program, so tiles are small, programs many, and a short loop has all of its loads in flight. A tile of 16 rows
+# takes mma on every card.
+FEW_ROWS: dict[int, dict[str, dict[int, Config]]] = {
+    2: {
+        "dz": {64: Config(16, 256, 4, 4, BLOCK_R=16)},
+        "down": {64: Config(16, 128, 4, 4, BLOCK_R=16), 8192: Config(64, 64, 4, 4, BLOCK_R=64)},
+        "up": {64: Config(16, 32, 4, 2, BLOCK_R=128), 8192: Config(64, 64, 8, 2, BLOCK_R=64)},
+    },
+    4: {
+        "dz": {64: Config(16, 128, 4, 4, BLOCK_R=16)},
+        "down": {64: Config(16, 128, 4, 4, BLOCK_R=16), 8192: Config(64, 32, 4, 4, BLOCK_R=64)},
+        "up": {64: Config(16, 32, 4, 2, BLOCK_R=64), 8192: Config(64, 64, 8, 2, BLOCK_R=32)},
+    },
+}
+
 # The reduction has no dot and no rows of tokens: one entry serves every card.
-REDUCE = {32: Config(0, 8, 4, 1), 256: Config(0, 4, 4, 1)}
+REDUCE = {32: Config(0, 8, 4, 1), 256: Config(0, 4, 4, 1, BLOCK_R=256)}
 
-MAX_BOTTLENECK = 256
-
-
-def block_r(R: int) -> int:
-    """The tile side that holds R: a power of two, and at least 16, the least a tensor core takes."""
-    return max(16, triton.next_power_of_2(R))
+# forward is one fused kernel from this share of the multiprocessors in use on, and a pair of kernels below it.
+FUSED_SHARE = 0.5
 
 
-def choose(kernel: str, D: int, R: int, dtype: torch.dtype, capability: tuple[int, int]) -> Config:
-    """The config of `kernel` for hidden size D and bottleneck R ≤ MAX_BOTTLENECK. Never an error on an unknown GPU.
+def _side(size: int) -> int:
+    """The least tile side that holds `size`: a power of two, and at least 16, the least a tensor core takes."""
+    return max(16, triton.next_power_of_2(size))
 
-    `dtype` is that of the products; fp64, which only the interpreter runs, goes with fp32.
-    """
-    if kernel == "reduce":
-        rows = REDUCE
+
+def _table(dtype: torch.dtype, capability: tuple[int, int]) -> dict[str, dict[int, Config]]:
+    """`dtype` is that of the products; fp64, which only the interpreter runs, goes with fp32."""
+    generation = {9: 9, 10: 10, 11: 10}.get(capability[0], 8)
+    return TABLE[generation, min(4, dtype.itemsize)]
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(kernel: str, M: int, D: int, R: int, dtype: torch.dtype, capability: tuple[int, int]) -> Config:
+    """The config of `kernel` for M tokens, hidden size D and bottleneck R. Never an error on an unknown GPU."""
+    few = FEW_ROWS[min(4, dtype.itemsize)].get(kernel, {})
+    limit = min((m for m in few if m >= M), default=None)
+    if limit:
+        config = few[limit]
     else:
-        generation = {9: 9, 10: 10, 11: 10}.get(capability[0], 8)
-        rows = TABLE[generation, min(4, dtype.itemsize)][kernel]
-    config = rows[min(r for r in rows if r >= block_r(R))]
-    columns = min(config.BLOCK_D, max(16, triton.next_power_of_2(D)))
-    return Config(config.BLOCK_M, columns, config.num_warps, config.num_stages)
+        rows = REDUCE if kernel == "reduce" else _table(dtype, capability)[kernel]
+        config = rows[min((r for r in rows if r >= R), default=max(rows))]
+    return replace(config, BLOCK_D=min(config.BLOCK_D, _side(D)), BLOCK_R=min(config.BLOCK_R or _side(R), _side(R)))
+
+
+@functools.lru_cache(maxsize=4096)
+def splits(M: int, D: int, R: int, dtype: torch.dtype, capability: tuple[int, int], multiprocessors: int) -> int:
+    """How forward runs: 0 is the fused kernel, any other number the pair of split.py with D in that many splits.
+
+    A program of the down kernel reads D / S columns and one of the up kernel sums S partials of R, so about √(D/R)
+    splits take both the same time; fewer where there are programs enough without, or where the up kernel's threads
+    would hold more than 64 values each.
+    """
+    largest = max(_table(dtype, capability)["forward"])
+    if R <= largest:
+        fused = choose("forward", M, D, R, dtype, capability)
+        if triton.cdiv(M, fused.BLOCK_M) >= FUSED_SHARE * multiprocessors:
+            return 0
+    down, up = (choose(kernel, M, D, R, dtype, capability) for kernel in ("down", "up"))
+    idle = multiprocessors // (triton.cdiv(M, down.BLOCK_M) * triton.cdiv(R, down.BLOCK_R))
+    held = 64 * 32 * up.num_warps // (up.BLOCK_M * up.BLOCK_R)
+    return max(1, min(idle, held, math.isqrt(D // R), triton.cdiv(D, down.BLOCK_D)))

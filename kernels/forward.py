@@ -1,4 +1,4 @@
-"""Forward: the whole adapter in one kernel.
+"""Forward: the whole adapter in one kernel, or in the two of split.py where configs.py has few rows or a large R.
 
     z = x · W_downᵀ + b_down                        [M, R]
     y = residual + scale · (act(z) · W_upᵀ + b_up)  [M, D]
@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import configs, launch, split
 from .activations import find_activation
-from .launch import Options, Weights, device_guard, dot_options, scale_stride, tile_options
+from .launch import Options, Weights, device_guard, dot_options, scale_stride, tile_options, widest
 
 
 @triton.jit
@@ -103,8 +104,13 @@ def forward(
     z = torch.empty((M, R), dtype=dtype, device=x.device) if save_z else None
     if M == 0:
         return y, z
-    tiles = tile_options("forward", D, R, (x, residual, weights.w_down), x.device)
+    tensors = (x, residual, weights.w_down)
     with device_guard(x):
+        splits = configs.splits(M, D, R, widest(tensors), *launch.facts(x.device))
+        if splits:
+            split.forward(x, residual, weights, options, y, z, splits)
+            return y, z
+        tiles = tile_options("forward", M, D, R, tensors, x.device)
         forward_kernel[(triton.cdiv(M, tiles["BLOCK_M"]),)](
             x,
             residual,

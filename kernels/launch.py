@@ -71,7 +71,7 @@ class Facts(NamedTuple):
 def facts(device: torch.device) -> Facts:
     """Facts of a GPU; the interpreter takes the configs of Hopper, with few multiprocessors."""
     if INTERPRETED:
-        return Facts((9, 0), 8)
+        return Facts((9, 0), 4)
     properties = torch.cuda.get_device_properties(device)
     # ROCm counts its cards otherwise: gfx942 is no Hopper.
     capability = (8, 0) if torch.version.hip else (properties.major, properties.minor)
@@ -105,8 +105,13 @@ def dot_options(compute_dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def tile_options(kernel: str, D: int, R: int, tensors: tuple[Tensor, ...], device: torch.device) -> dict[str, int]:
-    """BLOCK_M, BLOCK_D, BLOCK_R, num_warps and num_stages; the widest of the tensors read decides what fits."""
-    widest = max((t.dtype for t in tensors), key=lambda dtype: dtype.itemsize)
-    config = configs.choose(kernel, D, R, widest, facts(device).capability)
-    return {**vars(config), "BLOCK_R": configs.block_r(R)}
+def widest(tensors: tuple[Tensor, ...]) -> torch.dtype:
+    """The dtype that decides which tiles fit."""
+    return max((t.dtype for t in tensors), key=lambda dtype: dtype.itemsize)
+
+
+def tile_options(
+    kernel: str, M: int, D: int, R: int, tensors: tuple[Tensor, ...], device: torch.device
+) -> dict[str, int]:
+    """BLOCK_M, BLOCK_D, BLOCK_R, num_warps and num_stages for a kernel that reads tiles of `tensors`."""
+    return {**vars(configs.choose(kernel, M, D, R, widest(tensors), facts(device).capability))}

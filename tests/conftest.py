@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 from adapter_ops import ops
-from adapter_ops.kernels import launch
+from adapter_ops.kernels import configs, launch
 
 PATHS = {"triton": ops._INTERPRETER, "cpu": ops._CPU, "reference": ops._FUNC}
 
@@ -54,11 +54,20 @@ def path(request, use_path):
     yield request.param
 
 
+@pytest.fixture
+def splits(request, monkeypatch):
+    """The form of forward: 0 the fused kernel, any other number the two of split.py with D in that many splits."""
+    monkeypatch.setattr(configs, "splits", lambda *arguments: request.param)
+    return request.param
+
+
 def pytest_generate_tests(metafunc):
     if "path" in metafunc.fixturenames:
         paths = ["interpreter", "cpu"]
         if "fp64" not in metafunc.function.__name__ and "gradcheck" not in metafunc.function.__name__:
             paths.append(pytest.param("gpu", marks=pytest.mark.gpu))  # fp64 has no GPU kernel
+        if "splits" in metafunc.fixturenames:
+            paths.remove("cpu")
         metafunc.parametrize("path", paths, indirect=True)
 
 
