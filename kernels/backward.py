@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import launch, split
 from .activations import find_activation
+from .configs import blocks
 from .launch import Needs, Options, Weights, device_guard, dot_options, scale_stride, tile_options
 
 
@@ -290,11 +291,11 @@ def backward(
     dscale = new(needs.scale, D)
 
     tiles = tile_options("weights", M, D, R, (dy, x, z, w_down), x.device)
-    rows, r_blocks = triton.cdiv(M, tiles["BLOCK_M"]), triton.cdiv(R, tiles["BLOCK_R"])
-    columns = triton.cdiv(D, tiles["BLOCK_D"]) * r_blocks
+    rows, r_blocks = blocks(M, tiles["BLOCK_M"]), blocks(R, tiles["BLOCK_R"])
+    columns = blocks(D, tiles["BLOCK_D"]) * r_blocks
     slices = max(1, launch.facts(x.device).multiprocessors // columns)  # one program a multiprocessor
-    rows_per_slice = triton.cdiv(rows, slices) * tiles["BLOCK_M"]
-    slices = triton.cdiv(M, rows_per_slice) if M else 0
+    rows_per_slice = blocks(rows, slices) * tiles["BLOCK_M"]
+    slices = blocks(M, rows_per_slice) if M else 0
     partials = [
         new(need_up, slices, D, R),
         new(need_b_up, slices, D),
@@ -305,7 +306,7 @@ def backward(
     with device_guard(x):
         if M and (need_dz or need_up):
             dz_tiles = tile_options("dz", M, D, R, (dy, z, w_up), x.device)
-            dz_kernel[(triton.cdiv(M, dz_tiles["BLOCK_M"]) * triton.cdiv(R, dz_tiles["BLOCK_R"]),)](
+            dz_kernel[(blocks(M, dz_tiles["BLOCK_M"]) * blocks(R, dz_tiles["BLOCK_R"]),)](
                 dy,
                 z,
                 w_up,
@@ -346,7 +347,7 @@ def backward(
         if any(needs[1:]):
             reduce_tiles = tile_options("reduce", M, D, R, (z,), x.device)
             del reduce_tiles["BLOCK_M"]
-            reduce_kernel[(triton.cdiv(D, reduce_tiles["BLOCK_D"]),)](
+            reduce_kernel[(blocks(D, reduce_tiles["BLOCK_D"]),)](
                 *partials,
                 w_up,
                 b_up,

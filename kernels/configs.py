@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-import triton
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ FEW_ROWS: dict[int, dict[str, dict[int, Config]]] = {
     4: {
         "dz": {64: Config(16, 128, 4, 4, BLOCK_R=16)},
         "down": {64: Config(16, 128, 4, 4, BLOCK_R=16), 8192: Config(64, 32, 4, 4, BLOCK_R=64)},
-        "up": {64: Config(16, 32, 4, 2, BLOCK_R=64), 8192: Config(64, 64, 8, 2, BLOCK_R=32)},
+        "up": {64: Config(16, 32, 4, 2, BLOCK_R=64), 8192: Config(64, 32, 8, 2, BLOCK_R=32)},
     },
 }
 
@@ -136,9 +135,14 @@ REDUCE = {32: Config(0, 8, 4, 1), 256: Config(0, 4, 4, 1, BLOCK_R=256)}
 FUSED_SHARE = 0.5
 
 
+def blocks(size: int, side: int) -> int:
+    """How many tiles of `side` cover `size`. triton.cdiv is a jit function too, and takes 3 µs on the host."""
+    return -(-size // side)
+
+
 def _side(size: int) -> int:
     """The least tile side that holds `size`: a power of two, and at least 16, the least a tensor core takes."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def _table(dtype: torch.dtype, capability: tuple[int, int]) -> dict[str, dict[int, Config]]:
@@ -168,12 +172,11 @@ def splits(M: int, D: int, R: int, dtype: torch.dtype, capability: tuple[int, in
     splits take both the same time; fewer where there are programs enough without, or where the up kernel's threads
     would hold more than 64 values each.
     """
-    largest = max(_table(dtype, capability)["forward"])
-    if R <= largest:
+    if any(r >= R for r in _table(dtype, capability)["forward"]):
         fused = choose("forward", M, D, R, dtype, capability)
-        if triton.cdiv(M, fused.BLOCK_M) >= FUSED_SHARE * multiprocessors:
+        if blocks(M, fused.BLOCK_M) >= FUSED_SHARE * multiprocessors:
             return 0
     down, up = (choose(kernel, M, D, R, dtype, capability) for kernel in ("down", "up"))
-    idle = multiprocessors // (triton.cdiv(M, down.BLOCK_M) * triton.cdiv(R, down.BLOCK_R))
+    idle = multiprocessors // (blocks(M, down.BLOCK_M) * blocks(R, down.BLOCK_R))
     held = 64 * 32 * up.num_warps // (up.BLOCK_M * up.BLOCK_R)
-    return max(1, min(idle, held, math.isqrt(D // R), triton.cdiv(D, down.BLOCK_D)))
+    return max(1, min(idle, held, math.isqrt(D // R), blocks(D, down.BLOCK_D)))

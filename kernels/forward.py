@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import configs, launch, split
 from .activations import find_activation
+from .configs import blocks
 from .launch import Options, Weights, device_guard, dot_options, scale_stride, tile_options, widest
 
 
@@ -111,7 +112,7 @@ def forward(
             split.forward(x, residual, weights, options, y, z, splits)
             return y, z
         tiles = tile_options("forward", M, D, R, tensors, x.device)
-        forward_kernel[(triton.cdiv(M, tiles["BLOCK_M"]),)](
+        forward_kernel[(blocks(M, tiles["BLOCK_M"]),)](
             x,
             residual,
             weights.w_down,

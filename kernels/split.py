@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import find_activation
+from .configs import blocks
 from .launch import Options, Weights, dot_options, scale_stride, tile_options
 
 
@@ -181,14 +182,15 @@ def forward(
     """Fills y [M, D] and, unless it is None, z [M, R]. The arguments are those of `forward.forward`."""
     (M, D), R, dtype = x.shape, weights.w_down.shape[0], options.dtype
     activation, dots = find_activation(options.activation).act, dot_options(dtype)
-    tiles = tile_options("down", M, D, R, (x, weights.w_down), x.device)
-    split_d = triton.cdiv(triton.cdiv(D, splits), tiles["BLOCK_D"]) * tiles["BLOCK_D"]
-    splits = triton.cdiv(D, split_d)
+    tensors = (x, residual, weights.w_down)
+    tiles = tile_options("down", M, D, R, tensors, x.device)
+    split_d = blocks(blocks(D, splits), tiles["BLOCK_D"]) * tiles["BLOCK_D"]
+    splits = blocks(D, split_d)
     if splits > 1:
         h = torch.empty((splits, M, R), dtype=torch.promote_types(dtype, torch.float32), device=x.device)
     else:
         h = torch.empty((M, R), dtype=dtype, device=x.device)
-    down_kernel[(triton.cdiv(M, tiles["BLOCK_M"]) * triton.cdiv(R, tiles["BLOCK_R"]), splits)](
+    down_kernel[(blocks(M, tiles["BLOCK_M"]) * blocks(R, tiles["BLOCK_R"]), splits)](
         x,
         weights.w_down,
         weights.b_down if splits == 1 else None,
@@ -204,8 +206,8 @@ def forward(
         **dots,
         **tiles,
     )
-    tiles = tile_options("up", M, D, R, (h if splits == 1 else weights.w_up, weights.w_up), x.device)
-    up_kernel[(triton.cdiv(M, tiles["BLOCK_M"]) * triton.cdiv(D, tiles["BLOCK_D"]),)](
+    tiles = tile_options("up", M, D, R, tensors, x.device)
+    up_kernel[(blocks(M, tiles["BLOCK_M"]) * blocks(D, tiles["BLOCK_D"]),)](
         h,
         weights.b_down if splits > 1 else None,
         weights.w_up,
@@ -233,7 +235,7 @@ def input_gradient(dz: Tensor, w_down: Tensor, dy: Tensor | None, dx: Tensor) ->
     """Fills dx [M, D] with dz · W_down, plus dy unless it is None."""
     (M, R), D = dz.shape, w_down.shape[1]
     tiles = tile_options("up", M, D, R, (dz, w_down), dz.device)
-    up_kernel[(triton.cdiv(M, tiles["BLOCK_M"]) * triton.cdiv(D, tiles["BLOCK_D"]),)](
+    up_kernel[(blocks(M, tiles["BLOCK_M"]) * blocks(D, tiles["BLOCK_D"]),)](
         dz,
         None,
         w_down,

@@ -60,9 +60,9 @@ import dataclasses, json, sys, torch
 from bench.static import compile_all
 arch, dtypes, sizes = json.loads(sys.argv[1])
 x, parameters, products = (getattr(torch, d) for d in dtypes)
-for D, R in sizes:
-    for c in compile_all(D, R, x, arch, parameters, products):
-        print(json.dumps({"D": D, "R": R} | dataclasses.asdict(c)))
+for M, D, R in sizes:
+    for c in compile_all(D, R, x, arch, parameters, products, M):
+        print(json.dumps({"M": M, "D": D, "R": R} | dataclasses.asdict(c)))
 """
 
 
@@ -79,7 +79,10 @@ def compiled(arch, dtypes, sizes):
     )
     assert run.returncode == 0, run.stderr
     found = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(found) == 4 * len(sizes)
+    for M, D, R in sizes:
+        names = {k["kernel"].removesuffix("_kernel") for k in found if [k["M"], k["D"], k["R"]] == [M, D, R]}
+        form = {"forward"} if M > 8192 and R <= 128 else {"down", "up"}
+        assert names == form | {"dz", "weights", "reduce"}
     for kernel in found:
         assert kernel["shared"] <= SHARED_LIMIT[arch], kernel
     return found
@@ -88,8 +91,10 @@ def compiled(arch, dtypes, sizes):
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_every_default_config_compiles(arch, dtype):
-    for kernel in compiled(arch, [dtype] * 3, [(768, R) for R in (16, 32, 64, 128, 256)]):
-        assert kernel["spilled"] <= 40, kernel  # the one entry that kernels/configs.py names, outside its loop
+    sizes = [(1 << 16, 768, R) for R in (16, 32, 64, 128, 512)]
+    sizes += [(16, 768, 64), (16, 4096, 64), (512, 768, 64)]
+    for kernel in compiled(arch, [dtype] * 3, sizes):
+        assert kernel["spilled"] == 0, kernel
         if dtype != "float32" and kernel["kernel"] != "reduce_kernel":
             assert kernel["tensor_core"], kernel
 
@@ -102,4 +107,4 @@ AUTOCAST, FP32_PARAMETERS = ("float32", "float32", "bfloat16"), ("float16", "flo
 )
 def test_mixed_dtypes_fit_shared_memory(arch, dtypes, R):
     """Tiles are loaded at the width they have in memory, which may be more than that of the products."""
-    compiled(arch, dtypes, [(100, R)])
+    compiled(arch, dtypes, [(1 << 16, 100, R), (512, 4096, R)])
