@@ -193,7 +193,7 @@ def fits(x: Tensor, weights: Weights, options: Options) -> bool:
     """Whether the copy engine can take these tensors: one 16-bit dtype, rows and starts at multiples of 16 bytes."""
     tensors = (x, weights.w_down, weights.w_up)
     return x.dtype.itemsize == 2 and all(
-        [t.dtype == options.dtype and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 for t in tensors]
+        t.dtype == options.dtype and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 for t in tensors
     )
 
 

@@ -182,7 +182,8 @@ def forward(
     """Fills y [M, D] and, unless it is None, z [M, R]. The arguments are those of `forward.forward`."""
     (M, D), R, dtype = x.shape, weights.w_down.shape[0], options.dtype
     activation, dots = find_activation(options.activation).act, dot_options(dtype)
-    tiles = tile_options("down", M, D, R, (x, weights.w_down), x.device)
+    tensors = (x, residual, weights.w_down)
+    tiles = tile_options("down", M, D, R, tensors, x.device)
     split_d = blocks(blocks(D, splits), tiles["BLOCK_D"]) * tiles["BLOCK_D"]
     splits = blocks(D, split_d)
     if splits > 1:
@@ -205,7 +206,7 @@ def forward(
         **dots,
         **tiles,
     )
-    tiles = tile_options("up", M, D, R, (h if splits == 1 else weights.w_up, weights.w_up), x.device)
+    tiles = tile_options("up", M, D, R, tensors, x.device)
     up_kernel[(blocks(M, tiles["BLOCK_M"]) * blocks(D, tiles["BLOCK_D"]),)](
         h,
         weights.b_down if splits > 1 else None,
