@@ -57,8 +57,8 @@ def down_kernel(
     mask_r = offs_r < R
 
     z = tl.zeros([BLOCK_M, BLOCK_R], dtype=ACC)
-    for start_d in range(0, SPLIT_D, BLOCK_D):
-        offs_d = pid_s * SPLIT_D + start_d + tl.arange(0, BLOCK_D)
+    for start_d in range(pid_s * SPLIT_D, (pid_s + 1) * SPLIT_D, BLOCK_D):
+        offs_d = start_d + tl.arange(0, BLOCK_D)
         mask_d = offs_d < D
         x = tl.load(  # [BLOCK_M, BLOCK_D]
             x_ptr + row * stride_xm + offs_m[:, None] * stride_xm + offs_d[None, :],
