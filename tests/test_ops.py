@@ -115,11 +115,13 @@ def test_repeat_gives_equal_bits(path):
 
 
 @pytest.mark.parametrize("own_residual", [False, True])
-def test_row_strided(path, own_residual):
+@pytest.mark.parametrize("strides", [(37, 37), (40, 56), (40, 37), (37, 48)])
+def test_row_strided(path, own_residual, strides):
+    """The kernels are told of strides that are multiples of 8."""
     call = Call(66, 20, 6, own_residual=own_residual)
     strided = {}
-    for name in ("x", "residual")[: 1 + own_residual]:
-        wide = torch.randn(66, 37)
+    for name, stride in zip(("x", "residual")[: 1 + own_residual], strides):
+        wide = torch.randn(66, stride)
         wide[:, 3:23] = call.inputs[name]
         strided[name] = wide[:, 3:23]
     dense = call.gradients()

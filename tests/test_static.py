@@ -24,14 +24,20 @@ def python(*arguments):
 
 
 @pytest.mark.parametrize(
-    "dtype, R, arch",
-    [("bf16", "16,128", "sm_80,sm_90,sm_100"), ("fp32", "64", "sm_90")],
+    "dtype, D, R, arch",
+    [
+        ("bf16", 768, "128", "sm_80,sm_90,sm_100"),
+        ("bf16", 776, "24", "sm_90,sm_120"),  # rows at multiples of 8 elements, not of 16
+        ("bf16", 4096, "64", "sm_86"),
+        ("fp16", 768, "96", "sm_89"),
+        ("fp32", 768, "96", "sm_90"),
+    ],
 )
-def test_defaults_pass(dtype, R, arch, tmp_path):
+def test_defaults_pass(dtype, D, R, arch, tmp_path):
     """A representative part of what `make static` goes through."""
     file = tmp_path / "rows.json"
     out = python(
-        "-m", "bench.static", "--dtype", dtype, "--hidden", "768", "--bottleneck", R, "--arch", arch, "--json", file
+        "-m", "bench.static", "--dtype", dtype, "--hidden", str(D), "--bottleneck", R, "--arch", arch, "--json", file
     )
     assert out.splitlines()[-1].endswith(" 0 failures")
     rows = json.loads(file.read_text())["rows"]
