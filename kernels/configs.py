@@ -142,8 +142,8 @@ FEW_ROWS: dict[int, dict[str, dict[int, Config]]] = {
 # The reduction has no dot and no rows of tokens: one entry serves every card.
 REDUCE = {32: Config(0, 8, 4, 1), 256: Config(0, 4, 4, 1, BLOCK_R=256)}
 
-# forward is one fused kernel from this share of the multiprocessors in use on, and a pair of kernels below it. It is the
-# pair too for rows longer than FUSED_COLUMNS, which leave L2 before the fused kernel reads them again: on an H200 it
+# forward is one fused kernel from this share of the multiprocessors in use on, and a pair of kernels below it. So it
+# is for rows longer than FUSED_COLUMNS, which leave L2 before the fused kernel reads them again: on an H200 it
 # took 0.69 of eager's time at D = 4096, and 1.66 at 8192.
 FUSED_SHARE = 0.5
 FUSED_COLUMNS = 4096
