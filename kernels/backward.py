@@ -22,7 +22,7 @@ from torch import Tensor
 from . import launch, split
 from .activations import find_activation
 from .configs import blocks
-from .launch import Needs, Options, Weights, device_guard, dot_options, scale_stride, tile_options
+from .launch import Needs, Options, Weights, device_guard, dot_options, scale_stride, stride_unit, tile_options
 
 
 @triton.jit
@@ -39,6 +39,7 @@ def dz_kernel(
     stride_dym,
     D: tl.constexpr,
     R: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,  # the row strides are multiples of it
     SCALE_STRIDE: tl.constexpr,
     DACT: tl.constexpr,
     DOT: tl.constexpr,
@@ -48,6 +49,7 @@ def dz_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
+    stride_dym = stride_dym // STRIDE_UNIT * STRIDE_UNIT
     R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R  # neighbours in time share their rows of dy in L2
     row = (tl.program_id(0) // R_BLOCKS).to(tl.int64) * BLOCK_M
     offs_m = tl.arange(0, BLOCK_M)
@@ -107,6 +109,7 @@ def weights_kernel(
     stride_xm,
     D: tl.constexpr,
     R: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,  # the row strides are multiples of it
     ADD_DY: tl.constexpr,  # the residual is x
     SUM_BY_DOT: tl.constexpr,  # Σ dy as a product with ones
     DOT: tl.constexpr,
@@ -116,6 +119,8 @@ def weights_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
+    stride_dym = stride_dym // STRIDE_UNIT * STRIDE_UNIT
+    stride_xm = stride_xm // STRIDE_UNIT * STRIDE_UNIT
     R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     pid_d = tl.program_id(0) // R_BLOCKS
     pid_r = tl.program_id(0) % R_BLOCKS
@@ -329,6 +334,7 @@ def backward(
                 dy.stride(0),
                 D=D,
                 R=R,
+                STRIDE_UNIT=stride_unit(dy),
                 SCALE_STRIDE=scale_stride(scale_tensor),
                 DACT=find_activation(options.activation).dact,
                 **dots,
@@ -351,6 +357,7 @@ def backward(
                 x.stride(0),
                 D=D,
                 R=R,
+                STRIDE_UNIT=stride_unit(dy, x),
                 ADD_DY=residual_is_x,
                 SUM_BY_DOT=z.dtype.itemsize == 2,  # in tf32 it would round dy
                 **dots,

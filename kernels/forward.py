@@ -19,7 +19,7 @@ from torch import Tensor
 from . import configs, launch, split
 from .activations import find_activation
 from .configs import blocks
-from .launch import Options, Weights, device_guard, dot_options, scale_stride, tile_options, widest
+from .launch import Options, Weights, device_guard, dot_options, scale_stride, stride_unit, tile_options, widest
 
 
 @triton.jit
@@ -39,6 +39,7 @@ def forward_kernel(
     stride_rm,
     D: tl.constexpr,
     R: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,  # the row strides are multiples of it
     SCALE_STRIDE: tl.constexpr,
     ACT: tl.constexpr,
     DOT: tl.constexpr,  # dtype of the operands of every dot
@@ -48,6 +49,8 @@ def forward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,  # >= R
 ):
+    stride_xm = stride_xm // STRIDE_UNIT * STRIDE_UNIT
+    stride_rm = stride_rm // STRIDE_UNIT * STRIDE_UNIT
     row = tl.program_id(0).to(tl.int64) * BLOCK_M
     offs_m = tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)
@@ -145,6 +148,7 @@ def forward(
             residual.stride(0),
             D=D,
             R=R,
+            STRIDE_UNIT=stride_unit(x, residual),
             SCALE_STRIDE=scale_stride(weights.scale),
             ACT=find_activation(options.activation).act,
             **dot_options(dtype),

@@ -94,6 +94,14 @@ def scale_stride(scale: Tensor | None) -> int:
     return int(scale is not None and scale.numel() > 1)
 
 
+def stride_unit(*tensors: Tensor) -> int:
+    """A number of elements that all the row strides are multiples of, for loads of 16 bytes: 8, else 1.
+
+    Triton by itself only looks for multiples of 16.
+    """
+    return 8 if all(t.stride(0) % 8 == 0 for t in tensors) else 1
+
+
 def dot_options(compute_dtype: torch.dtype) -> dict[str, Any]:
     """DOT, ACC and PRECISION.
 

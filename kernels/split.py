@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .activations import find_activation
 from .configs import blocks
-from .launch import Options, Weights, dot_options, scale_stride, tile_options
+from .launch import Options, Weights, dot_options, scale_stride, stride_unit, tile_options
 
 
 @triton.jit
@@ -34,6 +34,7 @@ def down_kernel(
     stride_xm,
     D: tl.constexpr,
     R: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,  # the row strides are multiples of it
     SPLIT_D: tl.constexpr,  # columns of a split, a multiple of BLOCK_D
     ACT: tl.constexpr,
     DOT: tl.constexpr,  # dtype of the operands of every dot
@@ -43,6 +44,7 @@ def down_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
+    stride_xm = stride_xm // STRIDE_UNIT * STRIDE_UNIT
     # Blocks of R are neighbours in time, so that they share their rows of x in L2.
     R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     pid_m = (tl.program_id(0) // R_BLOCKS).to(tl.int64)
@@ -95,6 +97,7 @@ def up_kernel(
     stride_rm,
     D: tl.constexpr,
     R: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,  # the row strides are multiples of it
     S: tl.constexpr,
     STRIDE_WD: tl.constexpr,
     STRIDE_WR: tl.constexpr,
@@ -107,6 +110,7 @@ def up_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
+    stride_rm = stride_rm // STRIDE_UNIT * STRIDE_UNIT
     BLOCK_S: tl.constexpr = triton.next_power_of_2(S)
     # Blocks of D are neighbours in time, so that they share their rows of h in L2.
     D_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
@@ -201,6 +205,7 @@ def forward(
         x.stride(0),
         D=D,
         R=R,
+        STRIDE_UNIT=stride_unit(x),
         SPLIT_D=split_d,
         ACT=activation if splits == 1 else None,
         **dots,
@@ -221,6 +226,7 @@ def forward(
         residual.stride(0),
         D=D,
         R=R,
+        STRIDE_UNIT=stride_unit(residual),
         S=splits,
         STRIDE_WD=R,
         STRIDE_WR=1,
@@ -249,6 +255,7 @@ def input_gradient(dz: Tensor, w_down: Tensor, dy: Tensor | None, dx: Tensor) ->
         0 if dy is None else dy.stride(0),
         D=D,
         R=R,
+        STRIDE_UNIT=1 if dy is None else stride_unit(dy),
         S=1,
         STRIDE_WD=1,
         STRIDE_WR=D,
