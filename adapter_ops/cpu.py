@@ -14,7 +14,6 @@ from torch import Tensor
 from .kernels.activations import find_activation
 from .kernels.launch import Needs, Options, Weights
 
-
 # Measured in bf16: over products longer than _LONG, oneDNN's epilogue adds more slowly than a pass of its own; a side
 # thinner than _THIN goes first in an outer product.
 _LONG, _THIN = 128, 16
