@@ -133,7 +133,7 @@ FEW_ROWS: dict[int, dict[str, dict[int, Config]]] = {
     4: {
         "dz": {64: Config(16, 128, 4, 4, BLOCK_R=16)},
         "down": {64: Config(16, 128, 4, 4, BLOCK_R=16), 8192: Config(64, 32, 4, 4, BLOCK_R=64)},
-        "up": {64: Config(16, 32, 4, 2, BLOCK_R=64), 8192: Config(64, 32, 8, 2, BLOCK_R=32)},
+        "up": {64: Config(16, 32, 4, 2, BLOCK_R=64), 8192: Config(64, 32, 8, 2, BLOCK_R=16)},
     },
 }
 
