@@ -14,6 +14,12 @@ from torch import Tensor
 from .kernels.activations import find_activation
 from .kernels.launch import Needs, Options, Weights
 
+# Measured in bf16: over products longer than _LONG, oneDNN's epilogue adds more slowly than a pass of its own does; in
+# an outer product a side thinner than _THIN goes first.
+_LONG, _THIN = 128, 16
+# Activations that oneDNN applies to a product before it rounds and stores it.
+_EPILOGUES: dict[str, tuple[str, list[Any], str]] = {"gelu": ("gelu", [], "none"), "gelu_tanh": ("gelu", [], "tanh")}
+
 
 def forward(
     x: Tensor, residual: Tensor, weights: Weights, options: Options, save_z: bool
@@ -28,9 +34,14 @@ def forward(
         x, w_down, w_up = x.to(dtype), w_down.to(dtype), w_up.to(dtype)
         b_down = None if b_down is None else b_down.to(dtype)
         b_up = None if b_up is None else b_up.to(dtype)
-    z = _linear(x, w_down, b_down)
-    y = _linear(find_activation(options.activation).eager(z), w_up, b_up, residual)
-    return y, z if save_z else None
+    if not save_z and options.activation in _EPILOGUES and _onednn(x):
+        z = None
+        h = torch.ops.mkldnn._linear_pointwise(x, w_down, b_down, *_EPILOGUES[options.activation])
+    else:
+        z = _linear(x, w_down, b_down)
+        h = find_activation(options.activation).eager(z)
+        z = z if save_z else None  # here, or an unsaved z would live beside y
+    return _linear(h, w_up, b_up, residual), z
 
 
 def backward(
@@ -67,6 +78,7 @@ def backward(
         if scaled and not channel:
             dh *= factor
         dz = act.eager_backward(z, dh)
+        del dh  # or it would be in memory beside dx
         if needs.x:
             dx = _linear(dz, w_down.t(), None, dy if residual_is_x else None)
             dx = dx if dx.dtype == x_dtype else dx.to(x_dtype)
@@ -88,24 +100,27 @@ def _factors(scale: Tensor | None, options: Options) -> tuple[float | Tensor, fl
 
 
 def _linear(x: Tensor, w: Tensor, b: Tensor | None = None, add: Tensor | None = None) -> Tensor:
-    """x · wᵀ + b + add, in one pass over the result where there is a call for it."""
+    """x · wᵀ + b + add, in as few passes over the result as are fast."""
     onednn = _onednn(x)
+    if add is not None and add.dtype == x.dtype:
+        if not onednn:
+            return torch.addmm(add, x, w.t()) if b is None else (add + b).addmm_(x, w.t())
+        if x.dtype == torch.float32 or x.shape[1] <= _LONG:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, add, w, b, "add")
+    y = torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "") if onednn else F.linear(x, w, b)
     if add is None:
-        return torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "") if onednn else F.linear(x, w, b)
-    if add.dtype != x.dtype:
-        return add + F.linear(x, w, b)
-    if onednn:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, add, w, b, "add")
-    return torch.addmm(add, x, w.t()) if b is None else (add + b).addmm_(x, w.t())
+        return y
+    return y.add_(add) if add.dtype == y.dtype else add + y
 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:
     """aᵀ · b for a [M, i] and b [M, j], contiguous."""
-    if a.dtype != torch.float32 or not _onednn(max(a, b, key=Tensor.numel)):
+    if not _onednn(max(a, b, key=Tensor.numel)):
         return a.t() @ b
-    if a.shape[1] > b.shape[1]:
-        return _outer(b, a).t().contiguous()  # oneDNN wants the longer side last
-    return torch.ops.mkldnn._linear_pointwise(a.t().contiguous(), b.t(), None, "none", [], "")
+    fp32 = a.dtype == torch.float32
+    if a.shape[1] > b.shape[1] and (fp32 or b.shape[1] < _THIN):
+        return _outer(b, a).t().contiguous()  # oneDNN wants the longer side last, in bf16 only beside a thin one
+    return torch.ops.mkldnn._linear_pointwise(a.t().contiguous(), b.t(), None, "none", [], "") if fp32 else a.t() @ b
 
 
 def _onednn(x: Tensor) -> bool:

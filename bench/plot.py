@@ -236,7 +236,7 @@ def roofline(rows: list[Row]) -> Figure:
         ax.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, rate * 2))
         ax.set_xlabel("FLOP per byte that must move")
         ax.annotate(f"matmul {si(rate)}FLOP/s", (right, rate), (-3, 4), textcoords="offset points", ha="right")
-        ax.annotate(f"copy {si(bandwidth)}B/s", (ridge, rate), (-14, -9), textcoords="offset points", ha="right")
+        ax.annotate(f"copy {si(bandwidth)}B/s", (left, bandwidth * left), (4, 34), textcoords="offset points")
         ax.set_title(NAMES[mode], loc="left")
         log_axis(ax.xaxis)
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: si(value)))

@@ -81,7 +81,7 @@ class _Driver:
 
 
 @contextlib.contextmanager
-def _compiling(card: Card, record: Any) -> Iterator[None]:
+def compiling(card: Card, record: Any) -> Iterator[None]:
     """Launches compile for `card` and go to `record(kernel, arguments, compiled kernel or exception)` instead."""
 
     def launched(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -117,7 +117,7 @@ def _step(
     weights = Weights(w_down, w_down.new_empty(R), w_up, w_up.new_empty(D), None)
     options, needs = Options("gelu", 1.0, dtypes[2]), Needs(True, True, True, True, True, False)
     launches: list[Any] = []
-    with _compiling(card, lambda *launched: launches.append(launched)):
+    with compiling(card, lambda *launched: launches.append(launched)):
         other, _ = forward.forward(x, dy, weights, options, True)  # a residual of its own rules one form out
         y, z = forward.forward(x, x, weights, options, True)
         assert z is not None

@@ -6,7 +6,8 @@ for nothing; lanes that ask for one address count each. Counted is the source as
 drops a load, and kernels only, not the launchers' PyTorch calls.
 
 Small shapes are counted, and must equal the formulas to the byte (exit status 1 otherwise). Then the formulas, with
-the tiles and slices that the launchers choose on Hopper, give a model at real sizes; nothing runs there.
+the kernels and tiles that the launchers choose on Hopper, give a model at real sizes; nothing runs there. The kernel
+of hopper.py, which no interpreter runs, has a formula only.
 """
 
 import os
@@ -16,6 +17,7 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
+import itertools
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -26,15 +28,16 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch import Tensor
-from triton import cdiv
-from triton.runtime.interpreter import InterpreterBuilder
+from triton import JITFunction
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
-from adapter_ops.kernels import backward, configs, forward, launch
+from adapter_ops.kernels import backward, forward, launch
 from adapter_ops.kernels.launch import Facts, Needs, Options, Weights
 
 from .cases import Shape
+from .formulas import FORMULAS, NOT_COUNTED
 
-SHAPES = ",".join(f"65536x{D}x{R}" for D in (768, 1024, 4096) for R in (8, 64, 256))
+SHAPES = "65536x768x8,65536x768x64,65536x768x256,65536x1024x64,65536x4096x64,65536x4096x256,16x4096x64"
 HOPPER = Facts((9, 0), 132)
 FLOOR = {"forward": 2, "backward": 3}  # tensors [M, D] moved: x, y; dy, x, dx
 EAGER = {"forward": 5, "backward": 8}  # by the unfused PyTorch module
@@ -50,46 +53,23 @@ COUNTED: list[tuple[str, dict[str, Any]]] = [  # sizes that divide by no tile, a
     ("301x130x70", {"scale": "channel", "needs": "x w_down b_down w_up b_up scale"}),
     ("301x130x70", {"needs": "x"}),
     ("301x130x70", {"needs": "w_down b_up"}),
+    # The pair of split.py, with D in splits.
+    ("13x300x11", {}),
+    ("13x300x11", {"save_z": False}),
+    ("13x300x11", {"bias": False}),
+    ("13x300x11", {"own_residual": True, "scale": "one"}),
+    ("13x300x21", {"scale": "channel", "needs": "x w_down b_down w_up b_up scale"}),
+    ("77x300x40", {"dtype": torch.float32}),
+    # The pair with D in one piece, and backward with R in blocks.
+    ("13x50x14", {}),
+    ("13x50x21", {"parameter_dtype": torch.float32}),
+    ("301x130x300", {}),
+    ("140x36x140", {"save_z": False, "bias": False}),
+    ("140x36x140", {"own_residual": True, "needs": "x"}),
+    ("140x36x140", {"scale": "one", "needs": "x w_down b_down w_up b_up scale"}),
+    ("140x36x140", {"scale": "channel", "needs": "x w_down b_down w_up b_up scale"}),
+    ("140x36x140", {"needs": "w_down b_up"}),
 ]
-
-Times = dict[str, int]  # argument -> how often each of its elements is asked for; a tensor that is None moves nothing
-PARTIALS: Times = dict.fromkeys(("up_partial_ptr", "b_up_partial_ptr", "down_partial_ptr", "b_down_partial_ptr"), 1)
-
-
-# The formulas: of a launch's arguments and grid, (times read, times written). kernels/README.md has their sums.
-def forward_kernel(a: SimpleNamespace) -> tuple[Times, Times]:
-    """A program reads its rows of x, as x and as the residual, and all weights."""
-    programs = cdiv(a.M, a.BLOCK_M)
-    weights = dict.fromkeys(("w_down_ptr", "b_down_ptr", "w_up_ptr", "b_up_ptr"), programs)
-    scale = programs * (1 if a.SCALE_STRIDE else a.D)
-    return {"x_ptr": 1, "residual_ptr": 1, "scale_ptr": scale} | weights, {"y_ptr": 1, "z_ptr": 1}
-
-
-def dz_kernel(a: SimpleNamespace) -> tuple[Times, Times]:
-    """A program reads its rows of dy and z, and all of W_up; where only h is wanted, just z."""
-    need_dz = a.dz_ptr is not None
-    programs = need_dz * cdiv(a.M, a.BLOCK_M)
-    return {"dy_ptr": need_dz, "z_ptr": 1, "w_up_ptr": programs, "scale_ptr": programs}, {"dz_ptr": 1, "h_ptr": 1}
-
-
-def weights_kernel(a: SimpleNamespace) -> tuple[Times, Times]:
-    """Every block of columns reads dz and h; every slice reads W_down and writes partial sums."""
-    columns, slices = cdiv(a.D, a.BLOCK_D), a.grid[1]
-    dx, up, down = (p is not None for p in (a.dx_ptr, a.up_partial_ptr, a.down_partial_ptr))
-    need_dy = up or a.b_up_partial_ptr is not None or (dx and a.ADD_DY)
-    need_dz = dx or down or a.b_down_partial_ptr is not None
-    reads = {"dy_ptr": need_dy, "x_ptr": down, "h_ptr": up * columns, "dz_ptr": need_dz * columns}
-    return reads | {"w_down_ptr": dx * slices}, {"dx_ptr": 1} | PARTIALS
-
-
-def reduce_kernel(a: SimpleNamespace) -> tuple[Times, Times]:
-    """Every partial sum is read once, and every gradient written once."""
-    dscale, scale = a.dscale_ptr is not None, 1 if a.SCALE_STRIDE else a.D
-    gradients = ("dw_up_ptr", "db_up_ptr", "dw_down_ptr", "db_down_ptr", "dscale_ptr")
-    return PARTIALS | {"w_up_ptr": dscale, "b_up_ptr": dscale, "scale_ptr": scale}, dict.fromkeys(gradients, 1)
-
-
-FORMULAS = {f.__name__: f for f in (forward_kernel, dz_kernel, weights_kernel, reduce_kernel)}
 
 
 class Bytes(NamedTuple):
@@ -102,9 +82,8 @@ Traffic = dict[str, Bytes]  # "read x_ptr" and so on; arguments that are one ten
 
 @dataclass
 class Launch:
-    """A launch: forward or backward, the kernel, its arguments (and `grid`) by name, and what was counted if it ran."""
+    """A launch: the kernel, its arguments (and `grid`) by name, and what was counted if it ran."""
 
-    phase: str
     kernel: str
     arguments: dict[str, Any]
     counted: Traffic
@@ -132,18 +111,17 @@ def recorded(run: bool) -> Iterator[list[Launch]]:
         raise RuntimeError("the kernels are compiled: nothing can be counted without TRITON_INTERPRET=1")
     launches: list[Launch] = []
     accesses: dict[str, list[np.ndarray]] = {"read": [], "write": []}  # addresses of elements, of one launch
-    function: Any = type(forward.forward_kernel)
     builder: Any = InterpreterBuilder
-    original_run, original_load = function.run, builder.create_masked_load
+    original_run, original_load = InterpretedFunction.run, builder.create_masked_load
     original_store = builder.create_masked_store
 
     def run_kernel(kernel: Any, *args: Any, **options: Any) -> None:
         names = (*kernel.arg_names, "grid")
         arguments = dict(zip(names, args)) | {name: v for name, v in options.items() if name in names}
+        arguments = {name: getattr(v, "base", v) for name, v in arguments.items()}  # the tensor of a descriptor
         if run:
             original_run(kernel, *args, **options)
-        phase = kernel.fn.__module__.rpartition(".")[2]
-        launches.append(Launch(phase, kernel.__name__, arguments, _counted(accesses, arguments)))
+        launches.append(Launch(kernel.__name__, arguments, _counted(accesses, arguments)))
         accesses.update(read=[], write=[])
 
     # tl.load and tl.store without a mask, and those of tensor descriptors, come through these two as well.
@@ -156,7 +134,8 @@ def recorded(run: bool) -> Iterator[list[Launch]]:
         return original_store(self, pointers, value, mask, *rest)
 
     with (
-        patch.object(function, "run", run_kernel),
+        patch.object(InterpretedFunction, "run", run_kernel),
+        patch.object(JITFunction, "run", run_kernel),
         patch.multiple(builder, create_masked_load=load, create_masked_store=store),
     ):
         yield launches
@@ -179,6 +158,7 @@ def _counted(accesses: dict[str, list[np.ndarray]], arguments: dict[str, Any]) -
 
 def step(
     shape: Shape,
+    run: bool,
     *,
     dtype: torch.dtype = torch.bfloat16,  # of x and the products
     parameter_dtype: torch.dtype | None = None,  # as `dtype` by default
@@ -187,12 +167,11 @@ def step(
     own_residual: bool = False,  # rather than x; its rows have stride 2·D
     bias: bool = True,
     scale: str = "number",  # or "one", a tensor [1], or "channel", a tensor [D]
-    device: str = "cpu",
-) -> None:
-    """Forward's and backward's launchers, on zeros."""
+) -> dict[str, list[Launch]]:
+    """The launches of "forward" and "backward", on zeros; meta tensors where nothing is to run."""
 
     def zeros(*size: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.zeros(size, dtype=dtype, device=device)
+        return torch.zeros(size, dtype=dtype, device="cpu" if run else "meta")
 
     def parameter(*size: int, wanted: bool = True) -> Any:
         return zeros(*size, dtype=parameter_dtype or dtype) if wanted else None
@@ -203,10 +182,13 @@ def step(
     b_down, b_up = parameter(R, wanted=bias), parameter(D, wanted=bias)
     scales = parameter(D if scale == "channel" else 1, wanted=scale != "number")
     weights = Weights(parameter(R, D), b_down, parameter(D, R), b_up, scales)
-    z = forward.forward(x, residual, weights, options, save_z)[1]
-    if z is not None:
-        wanted = Needs(**{name: name in needs.split() for name in Needs._fields})
-        backward.backward(zeros(M, D), x, z, weights, options, wanted, not own_residual)
+    with recorded(run) as before:
+        z = forward.forward(x, residual, weights, options, save_z)[1]
+    with recorded(run) as after:
+        if z is not None:
+            wanted = Needs(**{name: name in needs.split() for name in Needs._fields})
+            backward.backward(zeros(M, D), x, z, weights, options, wanted, not own_residual)
+    return {"forward": before, "backward": after}
 
 
 def total(traffics: Iterable[Traffic]) -> Bytes:
@@ -215,17 +197,10 @@ def total(traffics: Iterable[Traffic]) -> Bytes:
     return Bytes(sum(b.logical for b in every), sum(b.compulsory for b in every))
 
 
-def planned(shape: Shape, **arguments: Any) -> list[Launch]:
-    """The launches of `step` as HOPPER would have them; nothing runs."""
-    with patch.object(launch, "facts", lambda device: HOPPER), recorded(run=False) as launches:
-        step(shape, device="meta", **arguments)
-    return launches
-
-
-def model(shape: Shape) -> dict[str, Bytes]:
-    """Bytes by formula of "forward" (z saved) and "backward" (all gradients but the scale's), bf16, on HOPPER."""
-    launches = planned(shape)
-    return {phase: total(one.formula() for one in launches if one.phase == phase) for phase in FLOOR}
+def planned(shape: Shape, **arguments: Any) -> dict[str, list[Launch]]:
+    """The launches that `step` would make on HOPPER; nothing runs."""
+    with patch.multiple(launch, facts=lambda device: HOPPER, INTERPRETED=False):
+        return step(shape, run=False, **arguments)
 
 
 def print_counted() -> bool:
@@ -234,9 +209,7 @@ def print_counted() -> bool:
     equal = True
     for shape, arguments in COUNTED:
         print(shape, *(f"{name}={value}" for name, value in arguments.items()))
-        with recorded(run=True) as launches:
-            step(Shape.parse(shape), **arguments)
-        for one in launches:
+        for one in itertools.chain(*step(Shape.parse(shape), run=True, **arguments).values()):
             formula = one.formula()
             signs = (f"{c:>10} = {f:<8}" for c, f in zip(total([one.counted]), total([formula])))
             print(f"{one.kernel:>28}", *signs, "OK" if one.counted == formula else "MISMATCH")
@@ -247,24 +220,24 @@ def print_counted() -> bool:
 
 
 def print_model(shapes: list[Shape]) -> None:
-    """The formulas at real sizes, as ratios to the floors and to eager's bytes."""
+    """The formulas at real sizes, z saved and all gradients but the scale's, as ratios to the floors and to eager."""
     print(f"\nmodel, not measured: bf16, launch configs of compute capability 9.0, {HOPPER.multiprocessors} SMs")
-    print("floor: 4Md forward, 6Md backward; eager: 10Md and 16Md; Md stands for M·D elements")
+    print("floor: 4Md forward, 6Md backward; eager: 10Md and 16Md; Md stands for M·D elements; neither has the weights")
     print(f"{'':>26}  {'× floor':>20} {'× eager':>20}")
-    print(f"{'M×D×R':>16} {'pass':>10}" + f" {'logical':>9} {'compulsory':>10}" * 2)
+    print(f"{'M×D×R':>16} {'pass':>10}" + f" {'logical':>9} {'compulsory':>10}" * 2 + "  kernels (*: not counted)")
     for shape in shapes:
-        for phase, moved in model(shape).items():
+        for phase, launches in planned(shape).items():
+            moved = total(one.formula() for one in launches)
+            names = (one.kernel.removesuffix("_kernel") + "*" * (one.kernel in NOT_COUNTED) for one in launches)
             units = (2 * shape.M * shape.D * tensors[phase] for tensors in (FLOOR, EAGER))
             ratios = (f"{moved.logical / unit:>9.3f} {moved.compulsory / unit:>10.3f}" for unit in units)
-            print(f"{f'{shape.M}×{shape.D}×{shape.R}':>16} {phase:>10}", *ratios)
+            print(f"{f'{shape.M}×{shape.D}×{shape.R}':>16} {phase:>10}", *ratios, "", *names)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.traffic", description=__doc__)
     parser.add_argument("--shapes", default=SHAPES, help="of the model: MxDxR, comma-separated (default: %(default)s)")
     shapes = [Shape.parse(s) for s in parser.parse_args(argv).shapes.split(",")]
-    if any(shape.R > configs.MAX_BOTTLENECK for shape in shapes):
-        parser.error(f"the kernels hold a bottleneck of at most {configs.MAX_BOTTLENECK}")
     equal = print_counted()
     print_model(shapes)
     return 0 if equal else 1

@@ -77,24 +77,6 @@ TABLE: dict[tuple[int, int], dict[str, dict[int, Config]]] = {
         "down": {256: Config(128, 32, 8, 3, BLOCK_R=64)},
         "up": {256: Config(128, 64, 8, 3, BLOCK_R=32)},
     },
-    (9, 2): {
-        "forward": {
-            64: Config(64, 128, 8, 3),
-            128: Config(64, 64, 4, 3),
-        },
-        "dz": {
-            32: Config(128, 64, 8, 3),
-            64: Config(64, 128, 8, 3),
-            128: Config(64, 128, 8, 4),
-            256: Config(64, 64, 8, 3, BLOCK_R=128),
-        },
-        "weights": {
-            128: Config(64, 128, 8, 3),
-            256: Config(64, 128, 8, 2, BLOCK_R=128),
-        },
-        "down": {256: Config(128, 64, 8, 3, BLOCK_R=128)},
-        "up": {256: Config(128, 128, 8, 3, BLOCK_R=64)},
-    },
     (9, 4): {
         "forward": {
             32: Config(64, 64, 4, 3),
@@ -114,6 +96,26 @@ TABLE: dict[tuple[int, int], dict[str, dict[int, Config]]] = {
         "up": {256: Config(128, 64, 8, 3, BLOCK_R=32)},
     },
 }
+# tuned (9, 2): by hand, from times on an NVIDIA H200 (bench/results/h200.txt)
+TABLE[9, 2] = {
+    "forward": {
+        64: Config(64, 128, 8, 3),
+        128: Config(64, 64, 4, 3),
+    },
+    "dz": {
+        32: Config(128, 64, 8, 3),
+        64: Config(64, 128, 8, 3),
+        128: Config(64, 128, 8, 4),
+        256: Config(64, 64, 8, 3, BLOCK_R=128),
+    },
+    "weights": {
+        128: Config(64, 128, 8, 3),
+        256: Config(64, 128, 8, 2, BLOCK_R=128),
+    },
+    "down": {256: Config(128, 64, 8, 3, BLOCK_R=128)},
+    "up": {256: Config(128, 128, 8, 3, BLOCK_R=64)},
+}
+# end of tuned (9, 2)
 # tcgen05 takes its operands from shared memory, W_down among them: with a third stage they do not fit.
 TABLE[10, 2] = TABLE[9, 2] | {"weights": {64: Config(64, 128, 8, 3), 256: Config(64, 128, 8, 2, BLOCK_R=128)}}
 TABLE[10, 4] = TABLE[9, 4] | {"forward": TABLE[9, 4]["forward"] | {64: Config(128, 32, 8, 2)}}
@@ -130,15 +132,18 @@ FEW_ROWS: dict[int, dict[str, dict[int, Config]]] = {
     4: {
         "dz": {64: Config(16, 128, 4, 4, BLOCK_R=16)},
         "down": {64: Config(16, 128, 4, 4, BLOCK_R=16), 8192: Config(64, 32, 8, 4, BLOCK_R=64)},
-        "up": {64: Config(16, 32, 4, 2, BLOCK_R=32), 8192: Config(64, 32, 8, 2, BLOCK_R=32)},
+        "up": {64: Config(16, 32, 4, 2, BLOCK_R=32), 8192: Config(64, 32, 8, 2, BLOCK_R=16)},
     },
 }
 
 # The reduction has no dot and no rows of tokens: one entry serves every card.
 REDUCE = {32: Config(0, 8, 4, 1), 256: Config(0, 4, 4, 1, BLOCK_R=256)}
 
-# forward is one fused kernel from this share of the multiprocessors in use on, and a pair of kernels below it.
+# forward is one fused kernel from this share of the multiprocessors in use on, and a pair of kernels below it. So it
+# is for rows longer than FUSED_COLUMNS, which leave L2 before the fused kernel reads them again: on an H200 it
+# took 0.69 of eager's time at D = 4096, and 1.66 at 8192.
 FUSED_SHARE = 0.5
+FUSED_COLUMNS = 4096
 
 
 # RESIDENT[D at most, R at most]: the rows of x that a program of hopper.py holds in shared memory, and the programs
@@ -160,10 +165,14 @@ def side(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
+def generation(capability: tuple[int, int]) -> int:
+    """The generation of tensor cores, as in TABLE; for an unknown card the one that every card knows."""
+    return {9: 9, 10: 10, 11: 10}.get(capability[0], 8)
+
+
 def _table(dtype: torch.dtype, capability: tuple[int, int]) -> dict[str, dict[int, Config]]:
     """`dtype` is that of the products; fp64, which only the interpreter runs, goes with fp32."""
-    generation = {9: 9, 10: 10, 11: 10}.get(capability[0], 8)
-    return TABLE[generation, min(4, dtype.itemsize)]
+    return TABLE[generation(capability), min(4, dtype.itemsize)]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -176,6 +185,11 @@ def choose(kernel: str, M: int, D: int, R: int, dtype: torch.dtype, capability: 
     else:
         rows = REDUCE if kernel == "reduce" else _table(dtype, capability)[kernel]
         config = rows[min((r for r in rows if r >= R), default=max(rows))]
+    return fit(config, D, R)
+
+
+def fit(config: Config, D: int, R: int) -> Config:
+    """`config` with no tile side beyond what D and R fill."""
     return replace(config, BLOCK_D=min(config.BLOCK_D, side(D)), BLOCK_R=min(config.BLOCK_R or side(R), side(R)))
 
 
@@ -201,7 +215,7 @@ def splits(M: int, D: int, R: int, dtype: torch.dtype, capability: tuple[int, in
     splits take both the same time; fewer where there are programs enough without, or where the up kernel's threads
     would hold more than 64 values each.
     """
-    if any(r >= R for r in _table(dtype, capability)["forward"]):
+    if D <= FUSED_COLUMNS and any(r >= R for r in _table(dtype, capability)["forward"]):
         fused = choose("forward", M, D, R, dtype, capability)
         if blocks(M, fused.BLOCK_M) >= FUSED_SHARE * multiprocessors:
             return 0

@@ -107,11 +107,13 @@ def resident_kernel(
 
     first = gl.program_id(0)
     step = gl.num_programs(0)
-    last_k = (tiles - first + step - 1) // step * (2 * CHUNKS) - 1
+    total = (tiles - first + step - 1) // step * (2 * CHUNKS)
     for j in gl.static_range(CHUNKS):
         mbarrier.expect(x_ready.index(j), X_BYTES)
         tma_load(x_desc, [first * BLOCK_M, j * BLOCK_D], x_ready.index(j), xs.index(j))
-    for j in gl.static_range(STAGES):
+        if j < STAGES:
+            _load_weights(j, True, w_down_desc, w_up_desc, ring, w_ready, CHUNKS, BLOCK_D, BLOCK_R, STAGES)
+    for j in gl.static_range(CHUNKS, STAGES):
         _load_weights(j, True, w_down_desc, w_up_desc, ring, w_ready, CHUNKS, BLOCK_D, BLOCK_R, STAGES)
 
     offs_m = gl.arange(0, BLOCK_M, gl.SliceLayout(1, z_layout))
@@ -135,12 +137,12 @@ def resident_kernel(
             # The product before this one is done, so its weights may go.
             z = warpgroup_mma_wait(1, deps=(z,))
             free = k - 1 + STAGES
-            wanted = (i > 0) & (free <= last_k)
+            wanted = (i > 0) & (free < total)
             _load_weights(free, wanted, w_down_desc, w_up_desc, ring, w_ready, CHUNKS, BLOCK_D, BLOCK_R, STAGES)
             k += 1
         z = warpgroup_mma_wait(0, deps=(z,))
         free = k - 1 + STAGES
-        _load_weights(free, free <= last_k, w_down_desc, w_up_desc, ring, w_ready, CHUNKS, BLOCK_D, BLOCK_R, STAGES)
+        _load_weights(free, free < total, w_down_desc, w_up_desc, ring, w_ready, CHUNKS, BLOCK_D, BLOCK_R, STAGES)
 
         if b_down_ptr is not None:
             z += b_down[None, :]
@@ -155,21 +157,23 @@ def resident_kernel(
         for i in range(CHUNKS):
             offs_d = i * BLOCK_D + gl.arange(0, BLOCK_D, gl.SliceLayout(0, y_layout))
             mask_d = offs_d < D
-            x = xs.index(i).load(y_layout).to(gl.float32)  # [BLOCK_M, BLOCK_D]
+            if b_up_ptr is not None:
+                b_up = gl.load(b_up_ptr + offs_d, mask=mask_d, other=0.0).to(gl.float32)
+            x = xs.index(i).load(y_layout)  # [BLOCK_M, BLOCK_D]
             mbarrier.wait(w_ready.index(k % STAGES), (k // STAGES) & 1)
             w = _slot(ring, k % STAGES, [BLOCK_D, BLOCK_R], UP).permute((1, 0))
             y = warpgroup_mma(h, w, no_y, use_acc=False, is_async=True)
             y = warpgroup_mma_wait(0, deps=(y,))
             free = k + STAGES
-            _load_weights(free, free <= last_k, w_down_desc, w_up_desc, ring, w_ready, CHUNKS, BLOCK_D, BLOCK_R, STAGES)
+            _load_weights(free, free < total, w_down_desc, w_up_desc, ring, w_ready, CHUNKS, BLOCK_D, BLOCK_R, STAGES)
             k += 1
             if b_up_ptr is not None:
-                y += gl.load(b_up_ptr + offs_d, mask=mask_d, other=0.0).to(gl.float32)[None, :]
+                y += b_up[None, :]
             if scale_ptr is not None:
                 y *= gl.load(scale_ptr + offs_d * SCALE_STRIDE, mask=mask_d, other=0.0).to(gl.float32)[None, :]
             else:
                 y *= scale
-            xs.index(i).store((x + y).to(dtype))
+            xs.index(i).store((x.to(gl.float32) + y).to(dtype))
             fence_async_shared()
             tma_store(y_desc, [row, i * BLOCK_D], xs.index(i))
             # All but this chunk of y have been read out, so x of the next tile may take the place of the one before.
@@ -178,9 +182,10 @@ def resident_kernel(
                 mbarrier.expect(x_ready.index(i - 1), X_BYTES)
                 tma_load(x_desc, [row + step * BLOCK_M, (i - 1) * BLOCK_D], x_ready.index(i - 1), xs.index(i - 1))
         tma.store_wait(pendings=0)
-        mbarrier.expect(x_ready.index(CHUNKS - 1), X_BYTES, pred=more)
-        coordinates = [row + step * BLOCK_M, (CHUNKS - 1) * BLOCK_D]
-        tma_load(x_desc, coordinates, x_ready.index(CHUNKS - 1), xs.index(CHUNKS - 1), pred=more)
+        if more:
+            mbarrier.expect(x_ready.index(CHUNKS - 1), X_BYTES)
+            coordinates = [row + step * BLOCK_M, (CHUNKS - 1) * BLOCK_D]
+            tma_load(x_desc, coordinates, x_ready.index(CHUNKS - 1), xs.index(CHUNKS - 1))
         x_phase ^= 1
 
 

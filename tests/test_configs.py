@@ -38,7 +38,8 @@ def test_forms_of_forward(M, D, R, dtype, capability):
     splits = configs.splits(M, D, R, dtype, capability, 132)
     assert R <= 128 or splits
     assert M > 64 or splits
-    assert splits == 0 or R > 128 or M < 132 * 128
+    assert splits == 0 or R > 128 or D > 4096 or M < 132 * 128
+    assert splits or D <= 4096
     down, up = (configs.choose(kernel, M, D, R, dtype, capability) for kernel in ("down", "up"))
     assert splits <= -(-D // down.BLOCK_D)
     assert splits <= 1 or splits * up.BLOCK_M * up.BLOCK_R <= 64 * 32 * up.num_warps

@@ -155,3 +155,26 @@ def test_small_scale_in_fp16(use_path, scale):
         call.inputs["scale"] = call.inputs["scale"] * 1e-3
     wanted = ["w_down", "b_down"] if scale != "channel" else ["w_up"]
     check(call, "cpu", wanted)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("R", [8, 200])
+def test_large_without_gradients(use_path, R, dtype, activation):
+    """Without gradients oneDNN may apply the activation itself; NaN and infinities come out where eager has them."""
+    use_path("cpu")
+    call = Call(700, 130, R, dtype, activation=activation)
+    call.inputs["x"][3:6, 5] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    oracle = call(reference.bottleneck_adapter, **{n: t.double() for n, t in call.inputs.items()})
+    with torch.no_grad():
+        found, eager = call(), call(reference.bottleneck_adapter)
+    for where in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(where(found), where(eager))
+    rows = slice(6, None)
+    assert_two_times_rule({"y": found[rows]}, {"y": eager[rows]}, {"y": oracle[rows]})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_thin_bottleneck_large_enough_for_onednn(use_path, dtype):
+    use_path("cpu")
+    check(Call(700, 130, 8, dtype), "cpu")

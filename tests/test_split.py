@@ -21,17 +21,16 @@ def test_sizes_of_the_pair(path, splits, D, R, M):
     check(Call(M, D, R), path)
 
 
-@FORMS
+@pytest.mark.parametrize("splits", [1, 3], indirect=True)
 @pytest.mark.parametrize("M", [17, 70])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("own_residual", [False, True])
+@pytest.mark.parametrize("own_residual, bias", [(False, True), (True, True), (True, False)])
 @pytest.mark.parametrize("scale", [0.3, "one", "channel"])
 def test_scale_residual_bias_of_the_pair(path, splits, scale, own_residual, bias, dtype, M):
     check(Call(M, 300, 24, dtype, scale=scale, own_residual=own_residual, bias=bias), path)
 
 
-@pytest.mark.parametrize("splits", [0, 1, 3], indirect=True)
+@pytest.mark.parametrize("splits", [1, 3], indirect=True)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_of_the_pair(path, splits, activation):
     check(Call(17, 300, 12, activation=activation), path)
@@ -78,10 +77,10 @@ def test_row_strided_pair(path, splits):
         assert torch.equal(t, dense[name]), name
 
 
-@pytest.mark.parametrize("splits", [0, 1, 3], indirect=True)
+@pytest.mark.parametrize("splits", [1, 3], indirect=True)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_nan_and_inf_in_every_form(path, splits, value, activation):
+def test_nan_and_inf_through_the_pair(path, splits, value, activation):
     call = Call(20, 300, 20, activation=activation)
     call.inputs["x"][3, 5] = value
     eager, found = call.gradients(reference.bottleneck_adapter, dtype=torch.float64), call.gradients()
@@ -115,16 +114,16 @@ def test_gradcheck_of_the_pair(path, splits, scale):
 
 @pytest.mark.parametrize("M", [0, 1, 16, 64, 65, 129])
 @pytest.mark.parametrize("R", [256, 257, 512])
-@pytest.mark.parametrize("D", [33, 100])
+@pytest.mark.parametrize("D", [33])
 def test_large_bottleneck(path, D, R, M):
     check(Call(M, D, R), path)
 
 
 @pytest.mark.parametrize("wanted", SUBSETS, ids=lambda s: "-".join(s) or "none")
 def test_frozen_inputs_at_a_large_bottleneck(path, wanted):
-    check(Call(70, 36, 140), path, wanted)
-    check(Call(70, 36, 140, scale="channel", own_residual=True), path, [*wanted, "scale"])
-    check(Call(70, 36, 140, scale="one", own_residual=True), path, [*wanted, "residual"])
+    check(Call(17, 36, 140), path, wanted)
+    check(Call(17, 36, 140, scale="channel", own_residual=True), path, [*wanted, "scale"])
+    check(Call(17, 36, 140, scale="one", own_residual=True), path, [*wanted, "residual"])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

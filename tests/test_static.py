@@ -75,7 +75,7 @@ choose, run = configs.choose, forward.forward
 backward.backward = lambda *_: [None] * 6  # forward is enough, and quick
 
 def rows(arch, R=64, D=768, **config):
-    configs.choose = (lambda *_: configs.Config(**config)) if config else choose
+    configs.choose = (lambda *_: configs.Config(**config, BLOCK_R=R)) if config else choose
     return [[row.kernel, *row.failures] for row in compile_all(D, R, "bf16", arch)]
 
 def close(x, residual, *rest):  # rows one element closer than they are long: every other one is not aligned

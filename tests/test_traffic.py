@@ -15,7 +15,7 @@ from triton import cdiv
 
 from adapter_ops.kernels import launch
 from adapter_ops.kernels.launch import Needs
-from bench import traffic
+from bench import formulas, traffic
 from bench.cases import Shape
 
 ROOT = Path(__file__).parent.parent
@@ -24,12 +24,43 @@ interpreted = pytest.mark.skipif(
 )
 
 
+def form(phase, one):
+    """The row of README's table that a launch belongs to."""
+    a = one.arguments
+    if one.kernel in ("down_kernel", "up_kernel"):
+        s = a["grid"][1] if one.kernel == "down_kernel" else a["S"]
+        detail = ", dx" if phase == "backward" else f", S {'=' if s == 1 else '>'} 1"
+    elif one.kernel == "weights_kernel":
+        detail = f", Q {'=' if a['R'] <= a['BLOCK_R'] else '>'} 1"
+    else:
+        detail = ""
+    return f"`{one.kernel.removesuffix('_kernel')}`{detail}"
+
+
+def readme():
+    """Form -> its two columns."""
+    text = (ROOT / "kernels/README.md").read_text().partition("\n## Bytes\n")[2].partition("\n## ")[0]
+    return {kernel: columns for kernel, *columns in re.findall(r"\| (`\w+`.*?) \| `(.+?)` \| `(.+?)` \|", text)}
+
+
 def check(shape, **arguments):
-    with traffic.recorded(run=True) as launches:
-        traffic.step(Shape.parse(shape), **arguments)
+    launches = list(itertools.chain(*traffic.step(Shape.parse(shape), run=True, **arguments).values()))
     assert launches
     for one in launches:
         assert one.counted == one.formula(), one.kernel
+
+
+@interpreted
+def test_counted_cases_reach_every_form():
+    forms, blocks_of_r = set(), set()
+    for shape, arguments in traffic.COUNTED:
+        for phase, launches in traffic.step(Shape.parse(shape), run=False, **arguments).items():
+            for one in launches:
+                forms.add(form(phase, one))
+                blocks_of_r.add((form(phase, one), one.arguments["R"] > one.arguments["BLOCK_R"]))
+    assert forms == readme().keys() - {f"`{name.removesuffix('_kernel')}`" for name in formulas.NOT_COUNTED}
+    either = ("`down`, S = 1", "`down`, S > 1", "`up`, S = 1", "`up`, S > 1", "`dz`", "`reduce`")
+    assert blocks_of_r >= set(itertools.product(either, (False, True)))
 
 
 @interpreted
@@ -39,11 +70,13 @@ def test_counted_equals_formula(shape, arguments):
 
 
 @interpreted
-def test_every_subset_of_gradients():
+@pytest.mark.parametrize("shape, most", [("67x52x11", 6), ("65x20x130", 2)])  # R in one block, and in two
+def test_subsets_of_gradients(shape, most):
     for wanted in itertools.product((False, True), repeat=len(Needs._fields)):
         needs = " ".join(itertools.compress(Needs._fields, wanted))
         for own_residual in (False, True) if wanted[0] else (False,):  # it decides whether dx reads dy
-            check("67x52x11", needs=needs, own_residual=own_residual, scale="channel")
+            if sum(wanted) <= most:
+                check(shape, needs=needs, own_residual=own_residual, scale="channel")
 
 
 @triton.jit
@@ -62,26 +95,32 @@ def test_meter_on_a_kernel_counted_by_hand():
     assert launches[0].counted == {"read source_ptr": (12, 8), "write out_ptr": (20, 20)}
 
 
-@pytest.mark.parametrize("shape", ["301x130x70", "65536x768x64", "5000x1000x200"])
-@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
-def test_sums_in_the_readme(shape, dtypes):
-    text = (ROOT / "kernels/README.md").read_text()
-    sums = {kernel: columns for kernel, *columns in re.findall(r"\| `(\w+)` \| `(.+?)` \| `(.+?)` \|", text)}
-    size, (x, parameter) = Shape.parse(shape), dtypes
-    launches = {one.kernel: one for one in traffic.planned(size, dtype=x, parameter_dtype=parameter)}
-    assert {f"{kernel}_kernel" for kernel in sums} == launches.keys() == traffic.FORMULAS.keys()
-    weights = launches["weights_kernel"].arguments
-    names = vars(size) | {"e": x.itemsize, "p": parameter.itemsize}
-    names |= {"C": cdiv(size.D, weights["BLOCK_D"]), "S": weights["grid"][1]}
-    for kernel, columns in sums.items():
-        one = launches[f"{kernel}_kernel"]
-        programs = {"P": cdiv(size.M, one.arguments.get("BLOCK_M", size.M))}
-        found = tuple(eval(column.replace("·", "*"), names | programs) for column in columns)
-        assert found == traffic.total([one.formula()]), kernel
+def test_sums_in_the_readme():
+    sums, reached = readme(), set()
+    dtypes = (torch.bfloat16, torch.float32)
+    for shape in ("301x130x70", "65536x768x64", "65536x512x24", "5000x1000x200", "9001x1000x300", "16x4096x64"):
+        size = Shape.parse(shape)
+        for x, parameter in ((x, p) for x in dtypes for p in dtypes if p.itemsize >= x.itemsize):
+            for phase, launches in traffic.planned(size, dtype=x, parameter_dtype=parameter).items():
+                for one in launches:
+                    a, grid = one.arguments, one.arguments["grid"]
+                    names = vars(size) | {"e": x.itemsize, "p": parameter.itemsize, "G": grid[0]}
+                    names |= {"S": a.get("S", grid[-1]), "P": a.get("P") or cdiv(size.M, a["BLOCK_M"])}
+                    names |= {"C": cdiv(size.D, a.get("BLOCK_D", 1)), "Q": cdiv(size.R, a["BLOCK_R"])}
+                    found = tuple(eval(column.replace("·", "*"), names) for column in sums[form(phase, one)])
+                    assert found == traffic.total([one.formula()]), (shape, x, parameter, one.kernel)
+                    reached.add(form(phase, one))
+    assert reached == sums.keys()
+
+
+def test_every_kernel_has_a_formula():
+    kernels = re.findall(r"^def (\w+_kernel)\(", "".join(p.read_text() for p in ROOT.glob("kernels/*.py")), re.M)
+    assert sorted(kernels) == sorted(formulas.FORMULAS)
 
 
 def test_compulsory_bytes_are_near_the_floor():
-    moved, md = traffic.model(Shape(65536, 768, 64)), 65536 * 768
+    launches, md = traffic.planned(Shape(65536, 768, 64)), 65536 * 768
+    moved = {phase: traffic.total(one.formula() for one in of_phase) for phase, of_phase in launches.items()}
     assert moved["forward"].compulsory <= 1.06 * 4 * md
     assert moved["backward"].compulsory <= 1.55 * 6 * md
 
@@ -94,22 +133,18 @@ def run(*arguments):
 
 
 def test_command():
-    found = run("--shapes", "65536x768x64,4096x1000x10")
+    found = run("--shapes", "65536x768x64,4096x1000x10,64x64x1000")
     assert found.returncode == 0, found.stderr
     assert found.stdout.count(" OK\n") > 3 * len(traffic.COUNTED) and "MISMATCH" not in found.stdout
-    assert "65536×768×64    forward" in found.stdout and "4096×1000×10   backward" in found.stdout
+    assert re.search(r"65536×768×64    forward .*  resident\*\n", found.stdout)
+    assert re.search(r"4096×1000×10   backward .*  dz weights reduce\n", found.stdout)
+    assert re.search(r"64×64×1000    forward .*  down up\n", found.stdout)
 
 
 @interpreted
 def test_mismatch_is_printed_and_fails(monkeypatch, capsys):
-    monkeypatch.setattr(traffic, "COUNTED", [("33x20x6", {"save_z": False})])
-    monkeypatch.setitem(traffic.FORMULAS, "forward_kernel", lambda a: ({"x_ptr": 1}, {"y_ptr": 1}))
+    monkeypatch.setattr(traffic, "COUNTED", [("150x20x6", {"save_z": False})])
+    monkeypatch.setitem(formulas.FORMULAS, "forward_kernel", lambda a: ({"x_ptr": 1}, {"y_ptr": 1}))
     assert traffic.main(["--shapes", "64x64x8"]) == 1
     printed = capsys.readouterr().out
-    assert "MISMATCH" in printed and "read x_ptr: counted Bytes(logical=2640, compulsory=1320)" in printed
-
-
-def test_a_bottleneck_the_kernels_do_not_hold(capsys):
-    with pytest.raises(SystemExit):
-        traffic.main(["--shapes", "64x64x100000"])
-    assert "the kernels hold a bottleneck of at most" in capsys.readouterr().err
+    assert "MISMATCH" in printed and "read x_ptr: counted Bytes(logical=12000, compulsory=6000)" in printed

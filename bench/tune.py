@@ -1,0 +1,211 @@
+"""python -m bench.tune: search launch configs on the GPU that is here, and write its part of kernels/configs.py.
+
+Every candidate is compiled first, by all cores, and judged by the static gate (bench.static): what spills, or misses
+the tensor cores, is not timed. The rest is timed kernel by kernel in CUDA graphs on inputs that rotate past the L2
+cache. For each row of the table the config wins that is least behind the best over all shapes of that row.
+"""
+
+import argparse
+import contextlib
+import datetime
+import functools
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import re
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from tqdm import tqdm
+
+from adapter_ops.kernels import backward, configs, forward
+from adapter_ops.kernels.configs import Config
+from adapter_ops.kernels.launch import Needs, Options, Weights
+from bench.__main__ import environment
+from bench.cards import CARDS
+from bench.cases import Call, Shape
+from bench.compiled import read
+from bench.measure import input_sets, measure_kernels
+from bench.static import DTYPES, compiling, judge
+
+# Bottlenecks of the table's rows, each at hidden sizes on both sides of where L2 stops holding the rows in flight.
+SHAPES = (
+    ",".join(f"65536x{D}x{R}" for R in (16, 32, 64, 128) for D in (384, 768, 1024))
+    + ","
+    + ",".join(f"16384x4096x{R}" for R in (16, 64, 128, 256))
+)
+KERNELS = ("forward", "down", "up", "dz", "weights")
+TABLE = Path(configs.__file__).resolve()
+
+
+class Job(NamedTuple):
+    kernel: str
+    shape: Shape
+    config: Config
+
+
+def candidates(kernel: str, R: int) -> Iterator[Config]:
+    """Configs whose accumulators a thread can hold: at most 128 values of 4 bytes."""
+    sides = (0,) if kernel == "forward" or R <= 64 else (64, 128)
+    for M, D, warps, stages, r in itertools.product((64, 128), (32, 64, 128, 256), (4, 8), (2, 3, 4), sides):
+        side = min(r or configs.side(R), configs.side(R))
+        held = {"weights": 2 * D * side + M * D, "up": M * D}.get(kernel, M * max(side, D))
+        if 8 * 32 * warps <= held <= 160 * 32 * warps:
+            yield Config(M, D, warps, stages, r)
+
+
+@contextlib.contextmanager
+def only(kernel: str, config: Config) -> Iterator[None]:
+    """Launchers launch `kernel` with `config`, and no other kernel."""
+
+    def launched(jit: Any, *args: Any, **kwargs: Any) -> Any:
+        return run(jit, *args, **kwargs) if jit.__name__ == f"{kernel}_kernel" else None
+
+    def chosen(name: str, M: int, D: int, R: int, *rest: Any) -> Config:
+        found = choose(name, M, D, R, *rest)
+        return configs.fit(config, D, R) if name == kernel else found
+
+    run, choose, resident, splits = triton.JITFunction.run, configs.choose, configs.resident, configs.splits
+    triton.JITFunction.run, configs.choose = launched, chosen  # type: ignore[assignment]
+    configs.resident, configs.splits = (lambda *_: None), (lambda *_: int(kernel in ("down", "up")))  # type: ignore
+    try:
+        yield
+    finally:
+        triton.JITFunction.run = run
+        configs.choose, configs.resident, configs.splits = choose, resident, splits
+
+
+def tensors(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    """x, dy, z and the weights of a training step."""
+    M, D, R = shape.M, shape.D, shape.R
+    sizes = ((M, D), (M, D), (M, R), (R, D), (R,), (D, R), (D,))
+    made = [torch.empty(size, dtype=dtype, device=device) for size in sizes]
+    if device != "meta":
+        for t in made:
+            t.normal_(std=1.0 if t.shape[0] == M else 0.05)  # zeros would run faster than real data
+    x, dy, z, w_down, b_down, w_up, b_up = made
+    return x, dy, z, Weights(w_down, b_down, w_up, b_up, None)
+
+
+def launch(kernel: str, x: Any, dy: Any, z: Any, weights: Weights) -> None:
+    options = Options("gelu", 1.0, x.dtype)
+    if kernel in ("dz", "weights"):
+        backward.backward(dy, x, z, weights, options, Needs(True, True, True, True, True, False), True)
+    else:
+        forward.forward(x, x, weights, options, True)
+
+
+def passes(job: Job, dtype: str, arch: str) -> bool:
+    """Whether the static gate lets the config pass; what compiles stays in Triton's cache for the timing."""
+    card, found = CARDS[arch], []
+    with only(job.kernel, job.config), compiling(card, lambda name, arguments, binary: found.append(binary)):
+        launch(job.kernel, *tensors(job.shape, DTYPES[dtype], "meta"))
+    dots = DTYPES[dtype].itemsize == 2
+    return all(
+        not isinstance(binary, Exception) and not judge(read(binary), card, dots, False, {})
+        for binary in found
+        if binary is not None  # a kernel that `only` left out
+    )
+
+
+def measure(jobs: list[Job], dtype: torch.dtype, seconds: float) -> dict[Job, float]:
+    """Seconds a launch, of each job that runs."""
+    found = {}
+    bar = tqdm(total=len(jobs), unit="config", desc="timing", disable=None)
+    for shape, group in itertools.groupby(jobs, key=lambda job: job.shape):
+        sets = [tensors(shape, dtype, "cuda") for _ in range(input_sets(shape, dtype, "cuda"))]
+        for job in group:
+            with only(job.kernel, job.config), contextlib.suppress(Exception):  # more shared memory than there is, say
+                calls: list[Call] = [functools.partial(launch, job.kernel, *tensors) for tensors in sets]
+                calls[0]()
+                times = measure_kernels({"": calls}, seconds).times[""]
+                found[job] = sorted(times)[len(times) // 2]
+            bar.update()
+    return found
+
+
+def winners(times: dict[Job, float]) -> dict[str, dict[int, Config]]:
+    """By kernel and bottleneck: of the configs timed at all its shapes, the one least behind the best of each."""
+    rows: dict[tuple[str, int], dict[Config, dict[Shape, float]]] = {}
+    for (kernel, shape, config), seconds in times.items():
+        rows.setdefault((kernel, shape.R), {}).setdefault(config, {})[shape] = seconds
+    table: dict[str, dict[int, Config]] = {}
+    for (kernel, R), found in rows.items():
+        shapes = {shape for by_shape in found.values() for shape in by_shape}
+        best = {shape: min(t[shape] for t in found.values() if shape in t) for shape in shapes}
+        behind = {c: math.prod(t[s] / best[s] for s in shapes) for c, t in found.items() if t.keys() == shapes}
+        if behind:
+            table.setdefault(kernel, {})[R] = min(behind, key=lambda config: behind[config])
+    return table
+
+
+def block(key: tuple[int, int], rows: dict[str, dict[int, Config]], heading: str) -> str:
+    """The part of configs.py for one entry of the table."""
+    text = f"# tuned {key}: {heading}\nTABLE[{key[0]}, {key[1]}] = {{\n"
+    for kernel, by_r in rows.items():
+        text += f'    "{kernel}": {{\n'
+        for R, config in sorted(by_r.items()):
+            *sizes, r = astuple(config)
+            text += f"        {R}: Config({', '.join(map(str, sizes))}{f', BLOCK_R={r}' if r else ''}),\n"
+        text += "    },\n"
+    return text + f"}}\n# end of tuned {key}\n"
+
+
+def write(path: Path, key: tuple[int, int], rows: dict[str, dict[int, Config]], heading: str) -> None:
+    """Puts `rows` over those of `key` in the table; ValueError, and nothing written, if the file has no such block."""
+    text = path.read_text(encoding="utf-8")
+    place = re.compile(rf"# tuned {re.escape(str(key))}: .*?\n# end of tuned {re.escape(str(key))}\n", re.DOTALL)
+    if len(place.findall(text)) != 1:
+        raise ValueError(f"{path.name} has no block '# tuned {key}' to write to")
+    merged = {kernel: by_r | rows.get(kernel, {}) for kernel, by_r in configs.TABLE[key].items()}
+    path.write_text(place.sub(lambda _: block(key, merged, heading), text), encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", default=SHAPES, help="MxDxR, comma-separated (default: %(default)s)")
+    parser.add_argument("--kernels", default=",".join(KERNELS), help="default: %(default)s")
+    parser.add_argument("--dtype", default="bf16", choices=DTYPES, help="default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=0.01, help="of timing a config (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="all times, as JSON")
+    parser.add_argument("--write", action="store_true", help="write the winners to kernels/configs.py")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("there is no GPU here to time configs on")
+    shapes, dtype = [Shape.parse(s) for s in args.shapes.split(",")], DTYPES[args.dtype]
+    major, minor = torch.cuda.get_device_capability()
+    key = (configs.generation((major, minor)), dtype.itemsize)
+    jobs = [Job(k, s, c) for s in shapes for k in args.kernels.split(",") for c in candidates(k, s.R)]
+    with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
+        judged = pool.map(functools.partial(passes, dtype=args.dtype, arch=f"sm_{major}{minor}"), jobs, chunksize=4)
+        bar = tqdm(zip(jobs, judged), total=len(jobs), unit="config", desc="compiling", disable=None)
+        jobs = [job for job, good in bar if good]
+    with torch.cuda.stream(torch.cuda.Stream()):
+        times = measure(jobs, dtype, args.seconds)
+    facts = environment("cuda", None)
+    heading = f"{facts['device']}; triton {triton.__version__}; {datetime.date.today()}; commit {facts['commit']}"
+    rows = winners(times)
+    print(block(key, rows, heading))
+    if args.out:
+        found = [
+            dict(kernel=j.kernel, shape=str(j.shape), config=astuple(j.config), us=t * 1e6) for j, t in times.items()
+        ]
+        args.out.write_text(json.dumps({"heading": heading, "times": found}), encoding="utf-8")
+    if args.write:
+        write(TABLE, key, rows, heading)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
