@@ -105,7 +105,7 @@ def test_rules_fire():
     }.items():
         kernel, *failures = found[name][0]
         assert kernel == "forward_kernel" and len(failures) == 1 and failures[0].startswith(words), (name, found[name])
-    assert found["odd"] == [["forward_kernel"]]  # nothing but scalar access is possible
+    assert all(len(row) == 1 for row in found["odd"])  # nothing but scalar access is possible
 
 
 LLIR = """
