@@ -34,7 +34,7 @@ def forward(
         x, w_down, w_up = x.to(dtype), w_down.to(dtype), w_up.to(dtype)
         b_down = None if b_down is None else b_down.to(dtype)
         b_up = None if b_up is None else b_up.to(dtype)
-    if not save_z and options.activation in _EPILOGUES and _onednn(x):
+    if not save_z and options.activation in _EPILOGUES and _onednn(x, w_down.shape[0]):
         z = None
         h = torch.ops.mkldnn._linear_pointwise(x, w_down, b_down, *_EPILOGUES[options.activation])
     else:
@@ -101,7 +101,7 @@ def _factors(scale: Tensor | None, options: Options) -> tuple[float | Tensor, fl
 
 def _linear(x: Tensor, w: Tensor, b: Tensor | None = None, add: Tensor | None = None) -> Tensor:
     """x · wᵀ + b + add, in as few passes over the result as are fast."""
-    onednn = _onednn(x)
+    onednn = _onednn(x, w.shape[0])
     if add is not None and add.dtype == x.dtype:
         if not onednn:
             return torch.addmm(add, x, w.t()) if b is None else (add + b).addmm_(x, w.t())
@@ -123,10 +123,14 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a.t().contiguous(), b.t(), None, "none", [], "") if fp32 else a.t() @ b
 
 
-def _onednn(x: Tensor) -> bool:
-    """Whether to call oneDNN by name: in fp32 ATen would take MKL, half as fast on some processors, and only oneDNN
-    adds the residual while it writes the product. Below 2^16 elements its set-up costs more than it saves."""
-    return x.is_cpu and x.numel() >= 1 << 16 and x.dtype in _onednn_dtypes() and torch._C._get_mkldnn_enabled()
+def _onednn(x: Tensor, columns: int = 0) -> bool:
+    """Whether to call oneDNN by name for a product of x with so many columns.
+
+    In fp32 ATen would take MKL, half as fast on some processors, and only oneDNN adds the residual while it writes the
+    product. Where neither x nor the product has 2^16 elements its set-up costs more than it saves.
+    """
+    elements = x.shape[0] * max(x.shape[1], columns)
+    return x.is_cpu and elements >= 1 << 16 and x.dtype in _onednn_dtypes() and torch._C._get_mkldnn_enabled()
 
 
 @functools.cache
