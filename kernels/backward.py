@@ -259,7 +259,7 @@ def reduce_kernel(
         mask_dr = mask_d[:, None] & mask_r[None, :]
         up = tl.zeros([BLOCK_D, BLOCK_R], dtype=ACC)
         down = tl.zeros([BLOCK_D, BLOCK_R], dtype=ACC)
-        for i in tl.range(S, loop_unroll_factor=4):  # or each round waits for its loads
+        for i in tl.range(S, loop_unroll_factor=2):  # or each round waits for its loads
             offs_sdr = tl.cast(i, tl.int64) * D * R + offs_dr
             if up_partial_ptr is not None:
                 up += tl.load(up_partial_ptr + offs_sdr, mask=mask_dr, other=0.0)
