@@ -1,7 +1,7 @@
 """Launch configs: a pure function of (kernel, M, D, R, dtype, compute capability). One table, one place.
 
-Every entry compiles without a spill and fits the shared memory of its cards (static: Triton 3.9, `python -m
-bench.static` shows it). No GPU has timed them yet.
+An H200 has timed TABLE[9, 2] for `forward`, `dz` and `weights` up to R = 128 and, as a prototype, RESIDENT
+(bench/results/h200.txt). All else is chosen by `python -m bench.static`: it neither spills nor overflows shared memory.
 """
 
 import functools
@@ -139,9 +139,9 @@ FEW_ROWS: dict[int, dict[str, dict[int, Config]]] = {
 # The reduction has no dot and no rows of tokens: one entry serves every card.
 REDUCE = {32: Config(0, 8, 4, 1), 256: Config(0, 4, 4, 1, BLOCK_R=256)}
 
-# forward is one fused kernel from this share of the multiprocessors in use on, and a pair of kernels below it. So it
-# is for rows longer than FUSED_COLUMNS, which leave L2 before the fused kernel reads them again: on an H200 it
-# took 0.69 of eager's time at D = 4096, and 1.66 at 8192.
+# forward is one fused kernel from this share of the multiprocessors in use on, and a pair of kernels below it.
+# Rows longer than FUSED_COLUMNS take the pair too: they leave L2 before the fused kernel reads them again. On an H200
+# that took 0.69 of eager's time at D = 4096, and 1.66 at 8192.
 FUSED_SHARE = 0.5
 FUSED_COLUMNS = 4096
 
