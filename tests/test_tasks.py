@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from adapter_ops import AdapterConfig, add_adapter, load_adapter, save_adapter, set_active_adapter
-from bench.docstrings import Dataset, docstrings
-from bench.finetune import accuracy, batches, finetune, load_data, load_model
+from bench.data import load_data
+from bench.docstrings import docstrings
+from bench.finetune import accuracy, finetune, load_model, tokenise
 
 pytestmark = [
     pytest.mark.usefixtures("aten"),
@@ -24,12 +25,13 @@ def tasks():
     data = docstrings(classes=3, most=90)
 
     def relabel(label, names):
-        return Dataset(names, *([(t, label(t, n)) for t, n in part] for part in (data.train, data.test)))
+        train, test = ([e._replace(label=label(e.text)) for e in part] for part in (data.train, data.test))
+        return data._replace(labels=names, train=train, test=test)
 
     return {
         "package": data,
-        "length": relabel(lambda t, n: int(len(t) > 100), ["short", "long"]),
-        "returns": relabel(lambda t, n: int("eturn" in t), ["no", "yes"]),
+        "length": relabel(lambda t: int(len(t) > 100), ["short", "long"]),
+        "returns": relabel(lambda t: int("eturn" in t), ["no", "yes"]),
     }
 
 
@@ -42,8 +44,9 @@ def test_three_tasks_in_turn_on_one_base(tasks, tmp_path):
             set_active_adapter(model, None)
         model.classifier = nn.Linear(384, len(data.labels))
         add_adapter(model, name, AdapterConfig(bottleneck=16))
-        run = finetune(model, tokenizer, data, learning_rate=3e-3, epochs=2, max_length=32, evaluations=1)
-        measured[name] = run.accuracies[-1][1]
+        texts = tokenise(tokenizer, data, 32)
+        run = finetune(model, tokenizer, texts.train, learning_rate=3e-3, epochs=2, watch=texts.test, evaluations=1)
+        measured[name] = run.scores[-1][1]
         assert measured[name] > 0.5
         save_adapter(model, tmp_path / name, name)
 
@@ -51,7 +54,7 @@ def test_three_tasks_in_turn_on_one_base(tasks, tmp_path):
         found = {}
         for name, data in tasks.items():
             set_active_adapter(model, name)
-            found[name] = accuracy(model, batches(tokenizer, data.test, max_length=32))
+            found[name] = accuracy(model, tokenizer, tokenise(tokenizer, data, 32).test)
         return found
 
     assert scores(model) == measured

@@ -1,0 +1,148 @@
+"""A plot a study: means over seeds, every seed a dot."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..plot import COLORS, STYLE
+from .report import Summary, caption, grid, summaries
+from .runs import Ablated, Result
+from .studies import study
+
+OURS, OTHER, THIRD, GREY = COLORS["adapter_ops"], COLORS["max-autotune"], COLORS["in-place"], COLORS["eager"]
+KINDS = {  # of methods: color, marker, name
+    "adapters": (OURS, "o", "adapters"),
+    "top": (OTHER, "s", "top layers fine-tuned"),
+    "full": (OTHER, "D", "full fine-tuning"),
+    "norms": (THIRD, "^", "LayerNorms only"),
+    "head": (GREY, "v", "head only"),
+}
+
+
+def draw(name: str, folder: Path, rows: Sequence[Result], ablated: Sequence[Ablated], layers: int) -> Path:
+    """Draws a study from rows of one context into `folder`; returns the PNG's path."""
+    with plt.rc_context(STYLE):
+        if name == "ablation":
+            figure = ablation(ablated, layers)
+        else:
+            found = summaries(rows, study(name, layers))
+            kinds: dict[str, Callable[[list[Summary]], Figure]] = {"tradeoff": tradeoff, "init": init}
+            figure = kinds.get(name, compared)(found)
+        first = (ablated if name == "ablation" else rows)[0]
+        figure.text(0.01, 0.005, caption(next(r for r in rows if r.task == first.task)), fontsize=6, color=GREY)
+        path = folder / f"{name}-{first.task.replace('/', '-')}.png"
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+    return path
+
+
+def canvas(width: float, height: float) -> tuple[Figure, Axes]:
+    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))  # type: ignore[union-attr,call-arg]
+    return figure, axes
+
+
+def percent(values: Sequence[float]) -> list[float]:
+    return [100 * v for v in values]
+
+
+def label_of(s: Summary) -> str:
+    return f"{s.rows[0].task}: test {s.rows[0].metric}, %"
+
+
+def compared(found: list[Summary]) -> Figure:
+    """A line a variant, best mean on top, as glue and variants have it."""
+    figure, axes = canvas(7.5, 1.2 + 0.36 * len(found))
+    order = sorted(found, key=lambda s: mean(s.tests))
+    for y, s in enumerate(order):
+        color, marker, _ = KINDS[s.variant.method]
+        axes.scatter(percent(s.tests), [y] * len(s.tests), s=14, color=color, alpha=0.45, linewidths=0)
+        axes.scatter(100 * mean(s.tests), y, s=60, color=color, marker=marker, zorder=3)
+        note = f"{100 * mean(s.tests):.1f}   {s.rows[0].share:.2%}"
+        axes.annotate(note, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8.5)
+    axes.annotate(
+        "mean   parameters", (1.01, len(order) - 0.4), xycoords=("axes fraction", "data"), fontsize=7, color=GREY
+    )
+    axes.set_yticks(range(len(order)), [s.variant.label for s in order])
+    axes.set(xlabel=label_of(found[0]), title="Every seed a dot, means large", ylim=(-0.6, len(order) - 0.2))
+    return figure
+
+
+def tradeoff(found: list[Summary]) -> Figure:
+    """Score against trained parameters (Figure 4 of the paper)."""
+    figure, axes = canvas(7.5, 4.6)
+    for method, (color, marker, name) in KINDS.items():
+        mine = sorted((s for s in found if s.variant.method == method), key=lambda s: s.rows[0].trained)
+        if not mine:
+            continue
+        x = [s.rows[0].trained for s in mine]
+        y = percent([mean(s.tests) for s in mine])
+        for s in mine:
+            axes.scatter(
+                [s.rows[0].trained] * len(s.tests), percent(s.tests), s=12, color=color, alpha=0.4, linewidths=0
+            )
+        axes.plot(x, y, marker=marker, color=color, label=name, markersize=6)
+        for s, a, b in zip(mine, x, y):
+            if method in ("adapters", "top"):
+                text = s.variant.text.partition("=")[2]
+                axes.annotate(
+                    text, (a, b), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=7.5, color=color
+                )
+    axes.set(xscale="log", xlabel="trained parameters, head included", ylabel=label_of(found[0]))
+    axes.set_title("Numbers at the marks: bottleneck, or layers fine-tuned")
+    axes.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def init(found: list[Summary]) -> Figure:
+    """Score against the standard deviation of the adapters' first weights, with its spread over seeds."""
+    figure, axes = canvas(6.5, 4)
+    x = [s.variant.setting.get("init_std", 1e-2) for s in found]
+    y = np.array([mean(s.tests) for s in found]) * 100
+    spread = np.array([s.spread for s in found]) * 100
+    axes.fill_between(x, y - spread, y + spread, color=OURS, alpha=0.18, linewidth=0, label="± standard deviation")
+    axes.plot(x, y, "o-", color=OURS, label="mean")
+    for s, a in zip(found, x):
+        axes.scatter([a] * len(s.tests), percent(s.tests), s=12, color=OURS, alpha=0.45, linewidths=0)
+    axes.axvline(1e-2, color=GREY, linewidth=0.8, linestyle=":")
+    axes.annotate(
+        "the paper's", (1e-2, 0.02), xycoords=("data", "axes fraction"), fontsize=8, color=GREY, ha="right", rotation=90
+    )
+    axes.set(xscale="log", xlabel="σ of the adapters' weights at the start", ylabel=label_of(found[0]))
+    axes.legend(frameon=False, loc="lower left")
+    return figure
+
+
+def ablation(ablated: Sequence[Ablated], layers: int) -> Figure:
+    """The change of the score when the adapters of layers first … last are left out (Figure 6 of the paper)."""
+    figure, axes = canvas(6, 5)
+    scores = grid(ablated)
+    change = np.full((layers, layers), np.nan)
+    for (first, last), value in scores.items():
+        if first >= 0:
+            change[first, last] = 100 * (value - scores[-1, -1])
+    shown: Any = axes.imshow(change, cmap="viridis", vmax=max(0.0, np.nanmax(change)))
+    middle = (np.nanmin(change) + max(0.0, np.nanmax(change))) / 2
+    for first in range(layers):
+        for last in range(first, layers):
+            value = change[first, last]
+            axes.text(
+                last, first, f"{value:+.1f}", ha="center", va="center", fontsize=8, color="w" if value < middle else "k"
+            )
+    axes.set_xticks(range(layers))
+    axes.set_yticks(range(layers))
+    axes.grid(visible=False)
+    axes.set(xlabel="last layer without adapters", ylabel="first layer without adapters")
+    row = ablated[0]
+    axes.set_title(f"{row.task}: points of test {row.metric} from {100 * scores[-1, -1]:.1f}%")
+    figure.colorbar(shown, shrink=0.8)
+    return figure
