@@ -3,6 +3,7 @@ from pathlib import Path
 from setuptools import find_namespace_packages, setup
 
 demo = ["transformers>=5", "matplotlib", "tqdm"]
+paper = [*demo, "datasets", "scikit-learn"]
 bench = ["matplotlib", "tqdm", "pytest-benchmark"]
 
 setup(
@@ -20,7 +21,8 @@ setup(
     install_requires=["torch>=2.11", "triton>=3.6", "numpy", "safetensors"],
     extras_require={
         "demo": demo,
+        "paper": paper,
         "bench": bench,
-        "test": [*demo, *bench, "pytest", "pytest-xdist", "hypothesis", "accelerate", "ruff", "mypy", "setuptools"],
+        "test": [*paper, *bench, "pytest", "pytest-xdist", "hypothesis", "accelerate", "ruff", "mypy", "setuptools"],
     },
 )

@@ -4,10 +4,10 @@
 """
 
 import csv
+import hashlib
 import random
-import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,9 +37,18 @@ class Dataset(NamedTuple):
         few = self.validation[:held_out], self.test[:held_out]
         return self._replace(train=self.train[:train], validation=few[0], test=few[1])
 
+    def digest(self) -> str:
+        """Eight digits that are others for other texts, labels or splits."""
+        return hashlib.sha256(repr(self[1:5]).encode()).hexdigest()[:8]
+
 
 def score(metric: str, predicted: np.ndarray, wanted: np.ndarray) -> float:
-    """accuracy, f1 (of label 1), matthews, pearson or spearman. Equal predictions correlate with nothing: 0."""
+    """accuracy, f1 (of label 1), matthews, pearson or spearman.
+
+    0 for a correlation with predictions that are all equal, and for what a run that diverged predicts.
+    """
+    if not np.isfinite(predicted).all():
+        return 0.0
     if metric == "accuracy":
         return float(np.mean(predicted == wanted))
     if metric in ("pearson", "spearman"):
@@ -57,7 +66,7 @@ def split(
 ) -> Dataset:
     """Examples of (text, label, pair), shuffled and split the same way every time; train and test know every label.
 
-    Raises ValueError where a label has a single example.
+    Raises ValueError where a label has a single example, or there are too few for a validation split.
     """
     by_label: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
     for text, label, pair in examples:
@@ -73,6 +82,8 @@ def split(
         middle = min(last + round(len(texts) * validation), len(texts) - 1)
         for part, few in zip(parts, (texts[middle:], texts[last:middle], texts[:last])):
             part += [Example(text, number, pair) for text, pair in few]
+    if not parts[1]:
+        raise ValueError(f"{name}: {sum(map(len, parts))} texts of {len(labels)} labels are too few for three splits")
     for part in parts:
         shuffler.shuffle(part)
     return Dataset(name, labels, *parts)
@@ -92,6 +103,11 @@ def load_data(name: str) -> Dataset:
     """
     from . import docstrings, glue
 
+    path = Path(name)
+    if path.is_dir():
+        return glue.from_folder(path.resolve())
+    if path.is_file():
+        return from_file(path)
     embedded: dict[str, Callable[[], Dataset]] = {
         "docstrings": docstrings.docstrings,
         "signatures": docstrings.signatures,
@@ -100,18 +116,13 @@ def load_data(name: str) -> Dataset:
         return embedded[name]()
     if name.startswith("glue/"):
         return glue.from_hub(name.removeprefix("glue/"))
-    path = Path(name)
-    if path.is_dir():
-        return glue.from_folder(path)
-    if path.is_file():
-        return from_file(path)
     raise ValueError(f"no task, file or folder {name!r}; known tasks: {', '.join(embedded)}, glue/<name>")
 
 
 def from_file(path: Path) -> Dataset:
     """One CSV or TSV file, split here; see `load_data`."""
     delimiter = "\t" if path.suffix in (".tsv", ".txt") else ","
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:
         rows = list(csv.reader(file, delimiter=delimiter))
     columns: dict[str, int] = {"text": 0, "label": 1}
     names = [c.strip().lower() for c in rows[0]] if rows else []
@@ -123,15 +134,8 @@ def from_file(path: Path) -> Dataset:
             len(row) <= max(columns.values()) or not all(row[c].strip() for c in columns.values())
         ):
             raise ValueError(f"{path}, row {number}: expected {', '.join(columns)}, found {row}")
-    examples = [(row[columns["text"]], row[columns["label"]], _cell(row, columns.get("pair"))) for row in rows if row]
+    text, label, pair = (columns.get(name) for name in ("text", "label", "pair"))
+    examples = [(row[text], row[label], None if pair is None else row[pair]) for row in rows if row]  # type: ignore[index]
     if len({label for _, label, _ in examples}) < 2:
         raise ValueError(f"{path}: expected at least two labels in {len(examples)} rows")
     return split(path.stem, examples)
-
-
-def _cell(row: Sequence[str], column: int | None) -> str | None:
-    return None if column is None else row[column]
-
-
-def warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)

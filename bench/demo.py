@@ -19,7 +19,7 @@ from adapter_ops import (
 
 from . import __main__ as bench
 from .data import load_data
-from .finetune import Classifier, Run, accuracy, finetune, load_model, tokenise
+from .finetune import Run, accuracy, finetune, load_model, sizes, tokenise
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -38,6 +38,10 @@ def main(argv: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     data = load_data(args.data)
+    if not data.labels:
+        parser.error(
+            f"--data {args.data} has numbers to predict, the demo is of labels; python -m bench.paper has both"
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     print("1. Which path runs\n")
@@ -74,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
             evaluations=4,
             label=f"{name:>9}",
         )
-        rows[name] = (run, *count(model))
+        rows[name] = (run, *sizes(model))
 
     heads = ("held-out accuracy", "trained parameters", "share of base", "seconds a step")
     print(f"\n{'':>10}", *(f"{head:>18}" for head in heads))
@@ -93,13 +97,6 @@ def main(argv: list[str] | None = None) -> None:
     set_active_adapter(model, None)
     same = all(torch.equal(a, b) for a, b in zip(fresh.encoder.parameters(), model.encoder.parameters()))
     print(f"without adapter the trained base is {'bit-equal to' if same else 'NOT'} the pretrained one")
-
-
-def count(model: Classifier) -> tuple[int, float]:
-    """Trained parameters, and their share of the encoder's."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    base = sum(p.numel() for n, p in model.named_parameters() if n.startswith("encoder."))
-    return trained, trained / base
 
 
 def plot(runs: dict[str, Run], folder: Path) -> Path:

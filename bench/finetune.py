@@ -63,17 +63,30 @@ class Classifier(nn.Module):
 def load_model(
     name: str | None, labels: Sequence[str], dropout: float | None = None
 ) -> tuple[Classifier, PreTrainedTokenizerBase]:
-    """A pretrained encoder with a fresh head (one output where there are no labels), and its tokenizer.
+    """A pretrained encoder in fp32 with a fresh head (one output where there are no labels), and its tokenizer.
 
-    `dropout` takes the place of every rate of dropout in the model's own configuration.
+    `dropout` takes the place of every rate of dropout in the model's own configuration; ValueError where it has none.
     """
     path = find_model(name)
     config = AutoConfig.from_pretrained(path)
-    for key, value in config.to_dict().items():
-        if dropout is not None and "dropout" in key and isinstance(value, float):
+    if dropout is not None:
+        rates = [k for k, v in config.to_dict().items() if ("drop" in k) and type(v) in (int, float)]
+        if not rates and dropout:
+            raise ValueError(f"dropout {dropout}, but the configuration of {path} has no rate of it")
+        for key in rates:
             setattr(config, key, dropout)
-    encoder = AutoModel.from_pretrained(path, config=config)
-    return Classifier(encoder, len(labels) or 1), AutoTokenizer.from_pretrained(path)
+    config.use_cache = False  # a decoder would keep keys and values of every step
+    encoder = AutoModel.from_pretrained(path, config=config, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return Classifier(encoder, len(labels) or 1), tokenizer
+
+
+def sizes(model: Classifier) -> tuple[int, float]:
+    """Trained parameters, the head's included, and their share of the encoder's."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trained, trained / sum(p.numel() for p in model.encoder.parameters())
 
 
 class Splits(NamedTuple):
@@ -135,7 +148,8 @@ def finetune(
         watch: texts whose accuracy is measured before the first step and `evaluations` times.
         label: of the progress bar; without one there is none.
 
-    The same seed gives the same batches whatever the number of processes; dropout's masks are each process's own.
+    The same seed gives the same batches whatever the number of processes, but dropout's masks and the means of a
+    BatchNorm are of each process's share.
     """
     rank, processes = place()
     device = next(model.parameters()).device
@@ -184,6 +198,9 @@ def finetune(
             if run.scores:
                 shown["accuracy"] = f"{run.scores[-1][1]:.1%}"
             bar.set_postfix(shown)
+    if processes > 1:  # running means of a BatchNorm are each process's own
+        for buffer in model.buffers():
+            distributed.broadcast(buffer, 0)
     run.seconds_a_step = sorted(seconds)[len(seconds) // 2]
     return run
 

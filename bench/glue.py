@@ -5,12 +5,14 @@ made on is held out of its training set, unless a folder has a test file with la
 """
 
 import csv
+import math
 import random
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .data import Dataset, Example, warn
+from .data import Dataset, Example
 
 
 class Glue(NamedTuple):
@@ -28,6 +30,7 @@ GLUE = {
     "stsb": Glue(("sentence1", "sentence2"), ("spearman", "pearson")),
     "qqp": Glue(("question1", "question2"), ("f1", "accuracy")),
     "mnli": Glue(("premise", "hypothesis"), development="validation_matched"),
+    "mnli-mm": Glue(("premise", "hypothesis"), development="validation_mismatched"),
     "qnli": Glue(("question", "sentence")),
     "rte": Glue(("sentence1", "sentence2")),
     "wnli": Glue(("sentence1", "sentence2")),
@@ -56,7 +59,7 @@ def from_hub(name: str) -> Dataset:
     try:
         import datasets
 
-        found: Mapping[str, Any] = datasets.load_dataset("nyu-mll/glue", name)
+        found: Mapping[str, Any] = datasets.load_dataset("nyu-mll/glue", name.removesuffix("-mm"))
     except (ImportError, OSError, ValueError) as error:
         raise RuntimeError(
             f"glue/{name} cannot be loaded ({type(error).__name__}: {error}); "
@@ -65,8 +68,8 @@ def from_hub(name: str) -> Dataset:
 
     def examples(part: str) -> list[Example]:
         rows = found[part]
-        texts = [rows[column] for column in task.texts]
-        return [Example(t[0], label, *t[1:]) for *t, label in zip(*texts, rows["label"])]
+        texts = [rows[column][:] for column in task.texts]
+        return [Example(t[0], label, *t[1:]) for *t, label in zip(*texts, rows["label"][:])]
 
     numbers = task.metrics[0] in NUMBERS
     labels = [] if numbers else list(found["train"].features["label"].names)
@@ -91,26 +94,41 @@ def from_folder(folder: Path) -> Dataset:
 
     Raises:
         ValueError: a file that is missing, empty, or has none of the columns; a label of held-out text that training
-            has not.
+            has not; one label in all, or more than two where F1 counts one of them; a score that is no number.
     """
     development = next((f for f in (folder / "dev.tsv", folder / "dev_matched.tsv") if f.exists()), folder / "dev.tsv")
     parts = [_read(folder / "train.tsv"), _read(development)]
     if (folder / "test.tsv").exists() and (test := _read(folder / "test.tsv", labelled=False)).rows:
         parts.append(test)
-    numbers = parts[0].label == "score"
-    labels = [] if numbers else sorted({label for _, label in parts[0].rows})
-    if unknown := sorted({label for part in parts for _, label in part.rows} - set(labels)):
-        if not numbers:
+    task = GLUE.get(folder.name.lower().replace("-", "").replace("_", ""))
+    numbers = parts[0].label == "score" or (task is not None and task.metrics == NUMBERS)
+    metrics = NUMBERS if numbers else task.metrics if task else ("accuracy",)
+    found, labels = sorted({label for part in parts for _, label in part.rows}), list[str]()
+    if numbers:
+        if wrong := [text for text in found if not _is_number(text)]:
+            raise ValueError(f"{folder}: expected numbers to predict, found {wrong[:3]}")
+    else:
+        labels = sorted({label for _, label in parts[0].rows})
+        if unknown := sorted(set(found) - set(labels)):
             raise ValueError(f"{folder}: held-out text has labels {unknown}, training has {labels}")
+        if len(labels) < 2 or (len(labels) > 2 and "f1" in metrics):
+            raise ValueError(
+                f"{folder}: {metrics[0]} is of two labels{' or more' * ('f1' not in metrics)}, found {labels}"
+            )
     splits = [
         [Example(texts[0], float(label) if numbers else labels.index(label), *texts[1:]) for texts, label in part.rows]
         for part in parts
     ]
-    task = GLUE.get(folder.name.lower().replace("-", "").replace("_", ""))
-    metrics = task.metrics if task else NUMBERS if numbers else ("accuracy",)
     if len(splits) == 2:
         return hold_out(folder.name, labels, splits[0], splits[1], metrics)
     return Dataset(folder.name, labels, splits[0], splits[1], splits[2], metrics)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 class _File(NamedTuple):
@@ -122,7 +140,7 @@ def _read(path: Path, labelled: bool = True) -> _File:
     """The texts and labels of one file; with `labelled` off, no rows where there is no column of labels."""
     if not path.exists():
         raise ValueError(f"{path.parent} has no {path.name}; a GLUE folder has train.tsv and dev.tsv")
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:
         rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     if not rows:
         raise ValueError(f"{path} is empty")
@@ -143,5 +161,6 @@ def _read(path: Path, labelled: bool = True) -> _File:
         columns, label, body = tuple(map(heads.index, texts)), heads.index(name), rows[1:]
     whole = [row for row in body if len(row) == len(heads)]
     if len(whole) < len(body):
-        warn(f"{path}: left out are {len(body) - len(whole)} of {len(body)} rows, whose columns are not {len(heads)}")
+        left_out = f"left out are {len(body) - len(whole)} of {len(body)} rows, whose columns are not {len(heads)}"
+        print(f"warning: {path}: {left_out}", file=sys.stderr)
     return _File(heads[label], [([row[c] for c in columns], row[label].strip()) for row in whole])

@@ -83,6 +83,11 @@ def read(path: Path | str) -> list[Row]:
         return [Row(**{name: _parse(name, text) for name, text in cells.items()}) for cells in lines]
 
 
+def row_of(cells: Iterable[str]) -> str:
+    """One of Markdown's rows."""
+    return f"| {' | '.join(cells)} |"
+
+
 TYPES = {field.name: field.type for field in fields(Row)}
 
 

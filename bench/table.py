@@ -1,18 +1,20 @@
 """python -m bench.table: the tables of README.md, made from the CSV files that their markers name.
 
 A marker `<!-- bench: bench/results/F.csv M=16384,65536 mode=fwd -->` opens a table of the rows that have one of these
-values, and `<!-- bench end -->` closes it; what is between them is written here.
+values, and `<!-- bench end -->` closes it; what is between them is written here. So does
+`<!-- paper: bench/results/paper glue docstrings -->`, by folder, study and task, with `<!-- paper end -->`.
 """
 
 import argparse
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 from .cases import PROVIDERS
-from .rows import COLUMNS, Row, read
+from .paper import report
+from .rows import COLUMNS, Row, read, row_of
 
 MARKER = re.compile(r"(<!-- bench: (\S+?\.csv)((?: \w+=\S+)*) -->\n).*?(<!-- bench end -->)", re.DOTALL)
+PAPER = re.compile(r"(<!-- paper: (\S+) (\w+) (\S+) -->\n).*?(<!-- paper end -->)", re.DOTALL)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -37,7 +39,10 @@ def fill_in(text: str, folder: Path) -> str:
             raise ValueError(f"no row of {match[2]} has {match[3].strip()}")
         return f"{match[1]}\n{table(kept)}\n{match[4]}"
 
-    return MARKER.sub(replace, text)
+    def study(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{report.from_files(folder / match[2], match[3], match[4])}\n{match[5]}"
+
+    return PAPER.sub(study, MARKER.sub(replace, text))
 
 
 def table(rows: list[Row]) -> str:
@@ -85,10 +90,6 @@ def against(own: Row | None, eager: Row | None, column: str) -> str:
     """Megabytes of both."""
     pair: list[int] = [b for row in (own, eager) if (b := getattr(row, column, None)) is not None]
     return " / ".join(f"{b / 1e6:.1f}" for b in pair) if len(pair) == 2 else ""
-
-
-def row_of(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ TABLE[10, 4] = TABLE[9, 4] | {"forward": TABLE[9, 4]["forward"] | {64: Config(12
 # takes mma on every card.
 FEW_ROWS: dict[int, dict[str, dict[int, Config]]] = {
     2: {
-        "dz": {64: Config(16, 256, 4, 4, BLOCK_R=16)},
+        "dz": {64: Config(16, 256, 4, 5, BLOCK_R=16)},
         "down": {64: Config(16, 128, 4, 4, BLOCK_R=16), 8192: Config(64, 64, 4, 4, BLOCK_R=64)},
         "up": {64: Config(16, 32, 4, 2, BLOCK_R=128), 8192: Config(64, 64, 8, 2, BLOCK_R=64)},
     },

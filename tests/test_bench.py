@@ -260,7 +260,7 @@ def test_a_file_with_other_columns_is_refused(tmp_path):
 def test_readme_has_the_tables_of_the_committed_files():
     """Made by `python -m bench.table`."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert table.MARKER.search(text) and table.fill_in(text, ROOT) == text
+    assert table.MARKER.search(text) and table.PAPER.search(text) and table.fill_in(text, ROOT) == text
 
 
 def test_gate_compares_like_with_like():

@@ -87,7 +87,7 @@ def test_demo_end_to_end(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("text,label\na,x\nb\n", r"row 3: expected a text and a label, found \['b'\]"),
+        ("text,label\na,x\nb\n", r"row 3: expected text, label, found \['b'\]"),
         ("a,x\nb,x\n", "expected at least two labels"),
         ("a,x\nb,x\nc,y\n", "labels with a single text cannot be split: y"),
     ],

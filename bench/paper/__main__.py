@@ -37,21 +37,20 @@ def main(argv: list[str] | None = None) -> None:
     add(
         "--task",
         default="docstrings",
-        help="docstrings, signatures, glue/<name>, a folder of GLUE's TSV files, or a CSV of text and label "
-        "(default: %(default)s)",
+        help="docstrings, signatures, glue/<name>, a folder of GLUE's TSV files, or a CSV of text and label; several "
+        "with commas (default: %(default)s)",
     )
-    add("--seeds", default="0,1,2,3,4", help="comma-separated; the first searches (default: %(default)s)")
+    add("--seeds", type=seeds, default="0,1,2,3,4", help="comma-separated; the first searches (default: %(default)s)")
     add("--out", type=Path, default=Path("out/paper"), help="folder of CSV and plots (default: %(default)s)")
-    add("--epochs", type=int, default=3, help="default: %(default)s")
-    add("--batch", type=int, default=32, help="texts a step, over all processes (default: %(default)s)")
-    add("--length", type=int, default=64, help="tokens of a text (default: %(default)s)")
+    add("--epochs", type=positive, default=3, help="default: %(default)s")
+    add("--batch", type=positive, default=32, help="texts a step, over all processes (default: %(default)s)")
+    add("--length", type=positive, default=64, help="tokens of a text (default: %(default)s)")
     add("--dropout", type=float, help="default: the model's own")
     add("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where the device has it")
     add("--quick", action="store_true", help="one seed, one rate, a few short texts: only shows that it runs")
     add("--commit", help="of the code, where there is no git to ask")
     args = vars(parser.parse_args(argv))
-    name, commit = args.pop("study"), args.pop("commit")
-    args["seeds"] = tuple(map(int, args["seeds"].split(",")))
+    name, tasks, commit = args.pop("study"), args.pop("task"), args.pop("commit")
     if args["quick"]:
         args |= {"seeds": args["seeds"][:1], "epochs": 1, "length": min(args["length"], 16)}
     transformers.logging.set_verbosity_error()
@@ -64,19 +63,34 @@ def main(argv: list[str] | None = None) -> None:
         distributed.init_process_group("nccl" if device == "cuda" else "gloo")
     try:
         facts = {k: v for k, v in environment(device, commit).items() if k != "triton"}
-        lab = Lab(Options(**args), facts)
-        if several:
-            distributed.barrier()  # all have read the files before the first writes
+        labs = [Lab(Options(task=task, **args), facts) for task in tasks.split(",")]
         for each in STUDIES if name == "all" else (name,):
-            variants = study(each, lab.layers)
-            lab.run(variants, ablate=each == "ablation")
-            if place()[0] == 0:
-                found = lab.rows(), lab.ablations(), lab.layers
-                print(f"\n{each}, {lab.data.name}\n\n{report.table(each, *found)}\n")
-                print(f"plot: {plots.draw(each, lab.options.out, *found)}")
+            for lab in labs:
+                lab.run(study(each, lab.layers), ablate=each == "ablation")
+                if place()[0] == 0:
+                    found = lab.rows(), lab.ablations()
+                    print(f"\n{each}, {lab.data.name}\n\n{report.table(each, *found)}\n")
+                    print(f"plot: {plots.draw(each, lab.options.out, *found)}")
+            if each == "glue" and place()[0] == 0:
+                print(f"\n{report.glue([lab.rows() for lab in labs])}")
     finally:
         if several:
             distributed.destroy_process_group()
+
+
+def positive(text: str) -> int:
+    """A whole number from 1. Raises ValueError."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def seeds(text: str) -> tuple[int, ...]:
+    """Different whole numbers. Raises ValueError."""
+    found = tuple(map(int, text.split(",")))
+    if len(set(found)) < len(found):
+        raise ValueError
+    return found
 
 
 if __name__ == "__main__":

