@@ -1,5 +1,6 @@
 """A plot a study: means over seeds, every seed a dot."""
 
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
@@ -39,7 +40,8 @@ def draw(name: str, folder: Path, rows: Sequence[Result], ablated: Sequence[Abla
             kinds: dict[str, Callable[[list[Summary]], Figure]] = {"tradeoff": tradeoff, "init": init}
             figure = kinds.get(name, compared)(found)
             shown = [row for s in found for row in s.rows]
-        figure.text(0.01, 0.005, caption(shown), fontsize=5.5, color=GREY)
+        lines = textwrap.fill(caption(shown), int(24 * figure.get_figwidth()))
+        figure.text(0.01, 0.01, lines, fontsize=6, color=GREY)
         path = folder / f"{name}-{rows[0].task.replace('/', '-')}.png"
         figure.savefig(path, dpi=150)
         plt.close(figure)
@@ -48,7 +50,7 @@ def draw(name: str, folder: Path, rows: Sequence[Result], ablated: Sequence[Abla
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:
     figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))  # type: ignore[union-attr,call-arg]
+    figure.get_layout_engine().set(rect=(0, 0.28 / height, 1, 1 - 0.28 / height))  # type: ignore[union-attr,call-arg]
     return figure, axes
 
 

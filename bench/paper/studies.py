@@ -12,10 +12,10 @@ from adapter_ops.integrations.transformers import find_norms, find_sites
 if TYPE_CHECKING:
     from ..finetune import Classifier
 
-# Searched on validation with the first seed, as many for each method; "top" takes the rate of "full". The paper's
-# (§3.2) are 3e-5, 3e-4 and 3e-3 for all.
+# Searched on validation with the first seed, as many for each. The paper's (§3.2) are 3e-5, 3e-4 and 3e-3 for all.
 RATES = {
     "full": (3e-5, 1e-4, 3e-4, 1e-3),
+    "top": (1e-4, 3e-4, 1e-3, 3e-3),
     "head": (1e-3, 3e-3, 1e-2, 3e-2),
     "norms": (1e-3, 3e-3, 1e-2, 3e-2),
     "adapters": (3e-4, 1e-3, 3e-3, 1e-2),
@@ -66,7 +66,7 @@ def of_size(m: int) -> Variant:
 def tradeoff(layers: int) -> list[Variant]:
     """Bottlenecks from 2 to 256; the top 1, 2, 4, … layers; LayerNorms (paper §3.4, §3.5)."""
     few = sorted({min(2**i, layers) for i in range(layers.bit_length() + 1)})
-    top = [Variant(f"top {k} layers" if k > 1 else "top layer", "top", {"layers": k}, FULL) for k in few]
+    top = [Variant(f"top {k} layers" if k > 1 else "top layer", "top", {"layers": k}) for k in few]
     return [*(of_size(2**i) for i in range(1, 9)), HEAD, *top, FULL, NORMS]
 
 
