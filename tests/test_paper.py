@@ -234,7 +234,7 @@ def test_choices_go_by_validation():
     assert [s.rows[0].learning_rate for s in found] == [1e-3, 3e-3, 1e-3]
     assert [s.tests for s in found] == [[0.1, 0.3], [0.6, 0.4], [0.4]]
     text = report.table("glue", rows, [])
-    assert "| adapters, m = 64 | 0 | 0.00% | 0.003 | 75.0 | 50.0 ± 14.1 | 40.0 |" in text
+    assert "| **adapters, m = 64**, best on validation | 0 | 0.00% | 0.003 | 75.0 | 50.0 ± 14.1 | 40.0 |" in text
 
 
 def test_seeds_can_be_added(tiny, tmp_path, monkeypatch):

@@ -78,21 +78,29 @@ def table(name: str, rows: Sequence[Result], ablated: Sequence[Ablated]) -> str:
     ]
     lines = [row_of(heads), row_of(["---", *["---:"] * (len(heads) - 1)])]
     found = of_study(name, rows)
+    chosen = best_size(found) if name == "glue" else None
     for s in found:
         first, best = s.rows[0], max(s.rows, key=lambda r: r.validation)
         tests = f"{100 * mean(s.tests):.1f}" + (f" ± {100 * s.spread:.1f}" if len(s.rows) > 1 else "")
         figures = [f"{first.trained:,}", f"{first.share:.2%}", f"{first.learning_rate:g}"]
-        lines.append(row_of([s.variant.label, *figures, f"{100 * s.validation:.1f}", tests, f"{100 * best.test:.1f}"]))
+        label = f"**{s.variant.label}**, best on validation" if s is chosen else s.variant.label
+        lines.append(row_of([label, *figures, f"{100 * s.validation:.1f}", tests, f"{100 * best.test:.1f}"]))
     return "\n".join(lines) + f"\n\n{caption([row for s in found for row in s.rows])}"
 
 
+def best_size(found: Iterable[Summary]) -> Summary:
+    """Of adapters with the bottlenecks of SIZES, the one that is best on validation in the mean over seeds."""
+    return max((s for s in found if s.variant in SIZES.values()), key=lambda s: s.validation)
+
+
 def caption(rows: Sequence[Result]) -> str:
-    """What was run, on what; of the last row where they differ."""
+    """What was run, on what."""
     row, seeds = rows[-1], sorted({row.seed for row in rows})
+    commits = ", ".join(dict.fromkeys(row.commit for row in rows))
     dropout = f", dropout {row.dropout}" if row.dropout else ""
     return (
         f"{row.model}, {row.task}: {row.texts} texts, {row.epochs} epochs, batches of {row.batch}, {row.length} tokens"
-        f"{dropout}, {row.dtype}; {row.device}; torch {row.torch}; commit {row.commit}; {row.date}. "
+        f"{dropout}, {row.dtype}; {row.device}; torch {row.torch}; commit {commits}; {row.date}. "
         f"In percent; mean ± standard deviation over seeds {', '.join(map(str, seeds))}."
     )
 
@@ -103,11 +111,10 @@ def glue(tasks: Sequence[Sequence[Result]]) -> str:
     The best bottleneck is each task's own, by the mean of validation over seeds.
     """
     found = [{s.variant.label: s for s in of_study("glue", rows)} for rows in tasks]
-    sized = [v.label for v in SIZES.values()]
     lines: dict[str, list[Summary]] = {
         "full fine-tuning": [by[FULL.label] for by in found],
         "head only": [by[HEAD.label] for by in found],
-        "adapters, best m": [max((by[label] for label in sized), key=lambda s: s.validation) for by in found],
+        "adapters, best m": [best_size(by.values()) for by in found],
         "adapters, m = 64": [by[SIZES[64].label] for by in found],
     }
     names = [rows[0].task for rows in tasks]

@@ -1,6 +1,6 @@
 """The paper's studies as data: what each compares, with which settings and learning rates."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,7 +72,8 @@ def tradeoff(layers: int) -> list[Variant]:
 
 def init() -> list[Variant]:
     """Standard deviations from 1e-7 to 1; 1e-2 is the default (paper §3.6)."""
-    return [adapters(f"σ = 1e{e}", SIZES[64], init_std=10.0**e) if e != -2 else SIZES[64] for e in range(-7, 1)]
+    default = replace(SIZES[64], label="σ = 1e-2", rate_of=SIZES[64])
+    return [adapters(f"σ = 1e{e}", SIZES[64], init_std=10.0**e) if e != -2 else default for e in range(-7, 1)]
 
 
 def variants() -> list[Variant]:
