@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from ..plot import COLORS, STYLE
 from .report import Summary, caption, grid, of_study
-from .runs import Ablated, Result
+from .runs import Ablated, Result, cell_of
 
 OURS, OTHER, THIRD, GREY = COLORS["adapter_ops"], COLORS["max-autotune"], COLORS["in-place"], COLORS["eager"]
 KINDS = {  # of methods: color, marker, name
@@ -33,14 +33,14 @@ def draw(name: str, folder: Path, rows: Sequence[Result], ablated: Sequence[Abla
     with plt.rc_context(STYLE):
         if name == "ablation":
             figure = ablation(ablated)
-            seeds = {row.seed for row in ablated}
-            shown = [row for row in rows if row.seed in seeds]
+            cells = {cell_of(row) for row in ablated}
+            shown = [row for row in rows if cell_of(row) in cells]
         else:
             found = of_study(name, rows)
             kinds: dict[str, Callable[[list[Summary]], Figure]] = {"tradeoff": tradeoff, "init": init}
             figure = kinds.get(name, compared)(found)
             shown = [row for s in found for row in s.rows]
-        lines = textwrap.fill(caption(shown), int(24 * figure.get_figwidth()))
+        lines = textwrap.fill(caption(shown), int(21 * figure.get_figwidth()))
         figure.text(0.01, 0.01, lines, fontsize=6, color=GREY)
         path = folder / f"{name}-{rows[0].task.replace('/', '-')}.png"
         figure.savefig(path, dpi=150)
@@ -50,7 +50,7 @@ def draw(name: str, folder: Path, rows: Sequence[Result], ablated: Sequence[Abla
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:
     figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0.28 / height, 1, 1 - 0.28 / height))  # type: ignore[union-attr,call-arg]
+    figure.get_layout_engine().set(rect=(0, 0.36 / height, 1, 1 - 0.36 / height))  # type: ignore[union-attr,call-arg]
     return figure, axes
 
 
@@ -102,7 +102,7 @@ def tradeoff(found: list[Summary]) -> Figure:
                 )
     axes.set(xscale="log", xlabel="trained parameters, head included", ylabel=label_of(found[0]))
     axes.set_title("Numbers at the marks: bottleneck, or layers fine-tuned")
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="upper left")
     return figure
 
 
