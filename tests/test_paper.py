@@ -91,7 +91,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tiny, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     main(arguments(tiny, whole, "--commit", "c"))
     command = [sys.executable, "-m", "bench.paper", *arguments(tiny, killed, "--commit", "c")]
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     file = killed / "runs.csv"
     while not (file.exists() and file.read_bytes().count(b"\n") >= 2):
