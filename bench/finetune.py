@@ -247,7 +247,7 @@ def predict(
         shares: list[Any] = [None] * processes
         distributed.all_gather_object(shares, found)
         found = [batch for share in shares for batch in share]
-    outputs = np.empty((len(rows), found[0][1].shape[1]), np.float32)
+    outputs = np.full((len(rows), found[0][1].shape[1]), np.nan, np.float32)
     for numbers, batch in found:
         outputs[list(numbers)] = batch
     return outputs

@@ -1,5 +1,6 @@
 """python -m bench.paper: what is trained, what choices go by, what a killed run leaves, several processes."""
 
+import copy
 import csv
 import dataclasses
 import importlib.util
@@ -12,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -273,14 +275,14 @@ def test_the_table_of_several_tasks():
         found = []
         for variant in studies.study("glue", 2):
             score = 0.9 if variant is studies.SIZES[best] else 0.7
-            found.append(dataclasses.replace(a_row(variant, 1e-3, 0, score, score - 0.2), task=task, share=0.05))
+            found.append(dataclasses.replace(a_row(variant, 1e-3, 0, score, 1.4 - score), task=task, share=0.05))
         return found
 
     lines = report.glue([rows("one", 8), rows("two", 256)]).splitlines()
     assert lines[0] == "|  | parameters, all tasks | trained a task | one | two | mean |"
-    assert lines[2] == "| full fine-tuning | 2.00× | 5.00% | 50.0 | 50.0 | 50.0 |"
-    assert lines[4] == "| adapters, best m | 1.10× | 5.00% | 70.0 (m = 8) | 70.0 (m = 256) | 70.0 |"
-    assert lines[5] == "| adapters, m = 64 | 1.10× | 5.00% | 50.0 | 50.0 | 50.0 |"
+    assert lines[2] == "| full fine-tuning | 2.00× | 5.00% | 70.0 | 70.0 | 70.0 |"
+    assert lines[4] == "| adapters, best m | 1.10× | 5.00% | 50.0 (m = 8) | 50.0 (m = 256) | 50.0 |"
+    assert lines[5] == "| adapters, m = 64 | 1.10× | 5.00% | 70.0 | 70.0 | 70.0 |"
 
 
 def test_pairs_and_numbers_to_predict(tiny, tmp_path, capsys):
@@ -337,6 +339,31 @@ def test_what_cannot_work_is_said_before_any_work(tiny, tmp_path, capsys):
     assert not (tmp_path / "runs.csv").exists()
     with pytest.raises(ValueError, match=r"runs.csv has runs of 'docstrings' in 0 contexts, expected one"):
         report.from_files(tmp_path, "glue", "docstrings")
+
+
+def test_ablation_leaves_out_what_it_says(tiny, tmp_path, monkeypatch):
+    """As if the adapters of those layers added nothing: their last weights and biases zero."""
+    bench = lab.Lab(lab.Options(str(tiny), str(tiny / "animals.csv"), (0,), tmp_path, dtype="fp32"), {})
+    model, tokenizer = load_model(str(tiny), bench.data.labels, dropout=0.0)
+    studies.prepare(model, "adapters", {"bottleneck": 4, "init_std": 1.0})
+    nn.init.normal_(model.classifier.weight)
+    found = []
+    monkeypatch.setattr(bench, "score", lambda m, part: found.append(outputs(m)) or {"accuracy": 0.0})
+
+    def outputs(m):
+        return predict(m, tokenizer, bench.texts.test)
+
+    bench.ablate(model, bench.cell(studies.SIZES[64], 1e-3, 0))
+    rows = runs.Table(tmp_path / "ablation.csv", runs.Ablated).rows
+    assert [(row.first, row.last) for row in rows] == [(-1, -1), (0, 0), (0, 1), (1, 1)]
+    for row, values in zip(rows, found):
+        whole = copy.deepcopy(model)
+        for name, p in whole.named_parameters():
+            layer = re.fullmatch(r"adapter_ops\.slots\.encoder/encoder/layer/(\d)/.*\.up\.(weight|bias)", name)
+            if layer and row.first <= int(layer[1]) <= row.last:
+                nn.init.zeros_(p)
+        np.testing.assert_allclose(values, outputs(whole), rtol=1e-4, atol=1e-5)
+    assert all(np.abs(values - found[0]).max() > 1e-3 for values in found[1:])
 
 
 def test_files(tmp_path):
