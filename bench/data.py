@@ -103,17 +103,17 @@ def load_data(name: str) -> Dataset:
     """
     from . import docstrings, glue
 
-    path = Path(name)
-    if path.is_dir():
-        return glue.from_folder(path.resolve())
-    if path.is_file():
-        return from_file(path)
     embedded: dict[str, Callable[[], Dataset]] = {
         "docstrings": docstrings.docstrings,
         "signatures": docstrings.signatures,
     }
     if name in embedded:
         return embedded[name]()
+    path = Path(name)
+    if path.is_dir():
+        return glue.from_folder(path.resolve())
+    if path.is_file():
+        return from_file(path)
     if name.startswith("glue/"):
         return glue.from_hub(name.removeprefix("glue/"))
     raise ValueError(f"no task, file or folder {name!r}; known tasks: {', '.join(embedded)}, glue/<name>")
