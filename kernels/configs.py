@@ -136,8 +136,8 @@ FEW_ROWS: dict[int, dict[str, dict[int, Config]]] = {
     },
 }
 
-# The reduction has no dot and no rows of tokens: one entry serves every card.
-REDUCE = {32: Config(0, 8, 4, 1), 256: Config(0, 4, 4, 1, BLOCK_R=256)}
+# The reduction has no dot and no rows of tokens: one entry serves every card. At R = 256 four warps spill on sm_80.
+REDUCE = {32: Config(0, 8, 4, 1), 192: Config(0, 4, 4, 1, BLOCK_R=256), 256: Config(0, 4, 8, 1, BLOCK_R=256)}
 
 # forward is one fused kernel from this share of the multiprocessors in use on, and a pair of kernels below it.
 # Rows longer than FUSED_COLUMNS take the pair too: they leave L2 before the fused kernel reads them again. On an H200
