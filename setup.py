@@ -3,7 +3,7 @@ from pathlib import Path
 from setuptools import find_namespace_packages, setup
 
 demo = ["transformers>=5", "matplotlib", "tqdm"]
-paper = [*demo, "datasets", "scikit-learn"]
+paper = [*demo, "datasets", "scikit-learn", "scipy"]
 bench = ["matplotlib", "tqdm", "pytest-benchmark"]
 
 setup(
