@@ -15,8 +15,9 @@ from .kernels.activations import find_activation
 from .kernels.launch import Needs, Options, Weights
 
 # Measured in bf16: over products longer than _LONG, oneDNN's epilogue adds more slowly than a pass of its own does; in
-# an outer product a side thinner than _THIN goes first.
-_LONG, _THIN = 128, 16
+# an outer product a side thinner than _THIN goes first. A sum over _MANY tokens or more takes longer than one more
+# row of a product over them.
+_LONG, _THIN, _MANY = 128, 16, 2048
 # Activations that oneDNN applies to a product before it rounds and stores it.
 _EPILOGUES: dict[str, tuple[str, list[Any], str]] = {"gelu": ("gelu", [], "none"), "gelu_tanh": ("gelu", [], "tanh")}
 
@@ -58,9 +59,16 @@ def backward(
     g, x_dtype = dy, x.dtype
     if x_dtype != dtype or parameter_dtype != dtype or dy.dtype != dtype:
         x, g, w_down, w_up = x.to(dtype), dy.to(dtype), w_down.to(dtype), w_up.to(dtype)
+    sum_dy = needs.b_up or (needs.scale and b_up is not None)
     if needs.w_up or needs.scale:
-        dw_up = _outer(g, act.eager(z))  # [D, R], without scale
-    if needs.b_up or (needs.scale and b_up is not None):
+        h = act.eager(z)
+        if sum_dy and h.shape[0] >= _MANY:
+            both = _outer(torch.cat([h, h.new_ones(h.shape[0], 1)], 1), g)  # [R + 1, D], without scale
+            dw_up, db_up = both[:-1].t().contiguous(), both[-1].clone()
+        else:
+            dw_up = _outer(g, h)  # [D, R], without scale
+        del h
+    if sum_dy and db_up is None:
         db_up = g.sum(0)  # [D], without scale
     if scaled:
         factor, column = _factors(scale, options)
@@ -78,7 +86,6 @@ def backward(
         if scaled and not channel:
             dh *= factor
         dz = act.eager_backward(z, dh)
-        del dh  # or it would be in memory beside dx
         if needs.x:
             dx = _linear(dz, w_down.t(), None, dy if residual_is_x else None)
             dx = dx if dx.dtype == x_dtype else dx.to(x_dtype)

@@ -131,15 +131,15 @@ def _eager_quick_gelu(z: Tensor) -> Tensor:
 
 def _eager_dquick_gelu(z: Tensor, dh: Tensor) -> Tensor:
     s = torch.sigmoid(1.702 * z)
-    return dh * s * (1 + 1.702 * z * (1 - s))
+    return dh.mul_(s * (1 + 1.702 * z * (1 - s)))
 
 
 @dataclass(frozen=True)
 class Activation:
     """One row of the table: `act` and `dact` for the kernels, `eager` and `eager_backward` for PyTorch.
 
-    `eager(z) -> h` is differentiable; `eager_backward(z, dh) -> dz` is what autograd would run for it.
-    Both may return their argument itself.
+    `eager(z) -> h` is differentiable and may return z itself; `eager_backward(z, dh) -> dz` is what autograd would run
+    for it, and writes dz over dh.
     """
 
     act: Any
@@ -149,22 +149,32 @@ class Activation:
 
 
 ACTIVATIONS = {
-    "gelu": Activation(_gelu, _dgelu, F.gelu, lambda z, dh: aten.gelu_backward(dh, z)),
+    "gelu": Activation(_gelu, _dgelu, F.gelu, lambda z, dh: aten.gelu_backward.grad_input(dh, z, grad_input=dh)),
     "gelu_tanh": Activation(
         _gelu_tanh,
         _dgelu_tanh,
         lambda z: F.gelu(z, approximate="tanh"),
-        lambda z, dh: aten.gelu_backward(dh, z, approximate="tanh"),
+        lambda z, dh: aten.gelu_backward.grad_input(dh, z, approximate="tanh", grad_input=dh),
     ),
-    "relu": Activation(_relu, _drelu, torch.relu, lambda z, dh: aten.threshold_backward(dh, z, 0)),
-    "silu": Activation(_silu, _dsilu, F.silu, lambda z, dh: aten.silu_backward(dh, z)),
-    "tanh": Activation(_tanh, _dtanh, torch.tanh, lambda z, dh: aten.tanh_backward(dh, torch.tanh(z))),
+    "relu": Activation(
+        _relu, _drelu, torch.relu, lambda z, dh: aten.threshold_backward.grad_input(dh, z, 0, grad_input=dh)
+    ),
+    "silu": Activation(_silu, _dsilu, F.silu, lambda z, dh: aten.silu_backward.grad_input(dh, z, grad_input=dh)),
+    "tanh": Activation(
+        _tanh, _dtanh, torch.tanh, lambda z, dh: aten.tanh_backward.grad_input(dh, torch.tanh(z), grad_input=dh)
+    ),
     "sigmoid": Activation(
-        _sigmoid, _dsigmoid, torch.sigmoid, lambda z, dh: aten.sigmoid_backward(dh, torch.sigmoid(z))
+        _sigmoid,
+        _dsigmoid,
+        torch.sigmoid,
+        lambda z, dh: aten.sigmoid_backward.grad_input(dh, torch.sigmoid(z), grad_input=dh),
     ),
     "quick_gelu": Activation(_quick_gelu, _dquick_gelu, _eager_quick_gelu, _eager_dquick_gelu),
     "leaky_relu": Activation(
-        _leaky_relu, _dleaky_relu, F.leaky_relu, lambda z, dh: aten.leaky_relu_backward(dh, z, 0.01, False)
+        _leaky_relu,
+        _dleaky_relu,
+        F.leaky_relu,
+        lambda z, dh: aten.leaky_relu_backward.grad_input(dh, z, 0.01, False, grad_input=dh),
     ),
     "identity": Activation(_identity, _didentity, lambda z: z, lambda z, dh: dh),
 }

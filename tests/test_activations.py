@@ -14,7 +14,9 @@ def test_eager_backward_is_autograds(name):
     z = Z.clone().requires_grad_()
     dh = torch.randn_like(Z)
     (expected,) = torch.autograd.grad(activation.eager(z), z, dh)
-    torch.testing.assert_close(activation.eager_backward(Z, dh), expected)
+    dz = activation.eager_backward(Z, dh)
+    assert dz is dh  # no memory of its own
+    torch.testing.assert_close(dz, expected)
 
 
 @pytest.mark.parametrize(

@@ -178,3 +178,14 @@ def test_large_without_gradients(use_path, R, dtype, activation):
 def test_thin_bottleneck_large_enough_for_onednn(use_path, dtype):
     use_path("cpu")
     check(Call(700, 130, 8, dtype), "cpu")
+
+
+@pytest.mark.parametrize("scale, wanted", [(1.0, None), (0.3, ["w_up"]), ("one", ["b_up"]), ("channel", ["scale"])])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_many_tokens(use_path, dtype, scale, wanted):
+    """From 2048 tokens on, the CPU path takes db_up from the product that gives dW_up."""
+    use_path("cpu")
+    call = Call(2049, 40, 24, dtype, scale=scale)
+    check(call, "cpu", wanted)
+    for gradient in call.gradients(wanted=wanted).values():
+        assert gradient.is_contiguous() and gradient.untyped_storage().nbytes() == gradient.nbytes
