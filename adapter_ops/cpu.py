@@ -61,13 +61,10 @@ def backward(
         x, g, w_down, w_up = x.to(dtype), dy.to(dtype), w_down.to(dtype), w_up.to(dtype)
     sum_dy = needs.b_up or (needs.scale and b_up is not None)
     if needs.w_up or needs.scale:
-        h = act.eager(z)
-        if sum_dy and h.shape[0] >= _MANY:
-            both = _outer(torch.cat([h, h.new_ones(h.shape[0], 1)], 1), g)  # [R + 1, D], without scale
-            dw_up, db_up = both[:-1].t().contiguous(), both[-1].clone()
+        if sum_dy and z.shape[0] >= _MANY:
+            dw_up, db_up = _outer_and_sum(g, act.eager(z))
         else:
-            dw_up = _outer(g, h)  # [D, R], without scale
-        del h
+            dw_up = _outer(g, act.eager(z))  # [D, R], without scale
     if sum_dy and db_up is None:
         db_up = g.sum(0)  # [D], without scale
     if scaled:
@@ -128,6 +125,13 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
     if a.shape[1] > b.shape[1] and (fp32 or b.shape[1] < _THIN):
         return _outer(b, a).t().contiguous()  # oneDNN wants the longer side last, in bf16 only beside a thin one
     return torch.ops.mkldnn._linear_pointwise(a.t().contiguous(), b.t(), None, "none", [], "") if fp32 else a.t() @ b
+
+
+def _outer_and_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """aᵀ · b and Σ a over its rows, by one product."""
+    b = torch.cat([b, b.new_ones(b.shape[0], 1)], 1)
+    both = _outer(b, a)
+    return both[:-1].t().contiguous(), both[-1].clone()
 
 
 def _onednn(x: Tensor, columns: int = 0) -> bool:
