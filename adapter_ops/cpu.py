@@ -14,9 +14,9 @@ from torch import Tensor
 from .kernels.activations import find_activation
 from .kernels.launch import Needs, Options, Weights
 
-# Measured in bf16: over products longer than _LONG, oneDNN's epilogue adds more slowly than a pass of its own does; in
-# an outer product a side thinner than _THIN goes first. A sum over _MANY tokens or more takes longer than one more
-# row of a product over them.
+# Measured: oneDNN's epilogue adds more slowly than a pass of its own does over products longer than _LONG, or than _THIN
+# in fp32. In an outer product in bf16 a side thinner than _THIN goes first. A sum over _MANY tokens or more takes longer
+# than one more row of a product over them.
 _LONG, _THIN, _MANY = 128, 16, 2048
 # Activations that oneDNN applies to a product before it rounds and stores it.
 _EPILOGUES: dict[str, tuple[str, list[Any], str]] = {"gelu": ("gelu", [], "none"), "gelu_tanh": ("gelu", [], "tanh")}
@@ -109,9 +109,12 @@ def _linear(x: Tensor, w: Tensor, b: Tensor | None = None, add: Tensor | None = 
     if add is not None and add.dtype == x.dtype:
         if not onednn:
             return torch.addmm(add, x, w.t()) if b is None else (add + b).addmm_(x, w.t())
-        if x.dtype == torch.float32 or x.shape[1] <= _LONG:
+        if x.shape[1] <= (_THIN if x.dtype == torch.float32 else _LONG):
             return torch.ops.mkldnn._linear_pointwise.binary(x, add, w, b, "add")
-    y = torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "") if onednn else F.linear(x, w, b)
+    if onednn and (b is not None or x.dtype == torch.float32):
+        y = torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
+    else:
+        y = F.linear(x, w, b)
     if add is None:
         return y
     return y.add_(add) if add.dtype == y.dtype else add + y
@@ -137,8 +140,8 @@ def _outer_and_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def _onednn(x: Tensor, columns: int = 0) -> bool:
     """Whether to call oneDNN by name for a product of x with so many columns.
 
-    In fp32 ATen would take MKL, half as fast on some processors, and only oneDNN adds the residual while it writes the
-    product. Where neither x nor the product has 2^16 elements its set-up costs more than it saves.
+    In fp32 ATen would take MKL, half as fast on some processors; in bf16 it takes oneDNN itself, but only by name does
+    that add a bias or a residual while it writes the product. Where neither x nor the product has 2^16 elements its set-up costs more than it saves.
     """
     elements = x.shape[0] * max(x.shape[1], columns)
     return x.is_cpu and elements >= 1 << 16 and x.dtype in _onednn_dtypes() and torch._C._get_mkldnn_enabled()
