@@ -14,9 +14,9 @@ from torch import Tensor
 from .kernels.activations import find_activation
 from .kernels.launch import Needs, Options, Weights
 
-# Measured: oneDNN's epilogue adds more slowly than a pass of its own does over products longer than _LONG, or than _THIN
-# in fp32. In an outer product in bf16 a side thinner than _THIN goes first. A sum over _MANY tokens or more takes longer
-# than one more row of a product over them.
+# Measured: over products longer than _LONG, in fp32 than _THIN, oneDNN's epilogue adds more slowly than a pass of its
+# own does. In an outer product in bf16 a side thinner than _THIN goes first. A sum over _MANY tokens or more takes
+# longer than one more row of a product over them.
 _LONG, _THIN, _MANY = 128, 16, 2048
 # Activations that oneDNN applies to a product before it rounds and stores it.
 _EPILOGUES: dict[str, tuple[str, list[Any], str]] = {"gelu": ("gelu", [], "none"), "gelu_tanh": ("gelu", [], "tanh")}
@@ -141,7 +141,8 @@ def _onednn(x: Tensor, columns: int = 0) -> bool:
     """Whether to call oneDNN by name for a product of x with so many columns.
 
     In fp32 ATen would take MKL, half as fast on some processors; in bf16 it takes oneDNN itself, but only by name does
-    that add a bias or a residual while it writes the product. Where neither x nor the product has 2^16 elements its set-up costs more than it saves.
+    that add a bias or a residual while it writes the product. Where neither x nor the product has 2^16 elements its
+    set-up costs more than it saves.
     """
     elements = x.shape[0] * max(x.shape[1], columns)
     return x.is_cpu and elements >= 1 << 16 and x.dtype in _onednn_dtypes() and torch._C._get_mkldnn_enabled()

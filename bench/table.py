@@ -7,6 +7,7 @@ values, and `<!-- bench end -->` closes it; what is between them is written here
 
 import argparse
 import re
+import statistics
 from pathlib import Path
 
 from .cases import PROVIDERS
@@ -65,7 +66,21 @@ def table(rows: list[Row]) -> str:
         cells.append(f"{own.percent_of_floor:.0f}%" if own and own.percent_of_floor else "")
         cells += [against(own, eager, "peak_bytes"), against(own, eager, "saved_bytes")]
         lines.append(row_of(cells))
+    if text := summary(list(groups.values())):
+        lines += ["", text]
     return "\n".join(lines)
+
+
+def summary(groups: list[dict[str, Row]]) -> str:
+    """The peers' times over adapter_ops': geometric mean over the rows of the table, and the lowest."""
+    ratios: dict[str, list[float]] = {}
+    for group in groups:
+        own = group.get("adapter_ops")
+        for name, row in group.items():
+            if own and own.ms and row.ms and name not in ("adapter_ops", "copy"):
+                ratios.setdefault(name, []).append(row.ms / own.ms)
+    parts = [f"{name} {statistics.geometric_mean(r):.2f}× ({min(r):.2f}×)" for name, r in ratios.items()]
+    return f"Speed-up over each in geometric mean (lowest): {', '.join(parts)}." if parts else ""
 
 
 def caption(rows: list[Row]) -> str:
