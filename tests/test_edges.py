@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import Call, assert_two_times_rule, check
 
-from adapter_ops import bottleneck_adapter, ops, reference
+from adapter_ops import bottleneck_adapter, cpu, ops, reference
 from adapter_ops.kernels import launch
 
 
@@ -182,9 +182,10 @@ def test_thin_bottleneck_large_enough_for_onednn(use_path, dtype):
 
 @pytest.mark.parametrize("scale, wanted", [(1.0, None), (0.3, ["w_up"]), ("one", ["b_up"]), ("channel", ["scale"])])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_many_tokens(use_path, dtype, scale, wanted):
-    """From 2048 tokens on, the CPU path takes db_up from the product that gives dW_up."""
+def test_large_gradient(use_path, monkeypatch, dtype, scale, wanted):
+    """Where dy is large, the CPU path takes db_up from the product that gives dW_up."""
     use_path("cpu")
+    monkeypatch.setattr(cpu, "_LARGE", 1)
     call = Call(2049, 40, 24, dtype, scale=scale)
     check(call, "cpu", wanted)
     for gradient in call.gradients(wanted=wanted).values():
