@@ -16,7 +16,8 @@ from .kernels.launch import Needs, Options, Weights
 
 # Measured: over products longer than _LONG, in fp32 than _THIN, oneDNN's epilogue adds more slowly than a pass of its
 # own does. In an outer product in bf16 a side thinner than _THIN goes first. To sum _LARGE elements of dy or more over
-# the tokens takes longer than one more row of a product, unless that product is large itself.
+# the tokens takes longer than one more row of a product, unless that product is large itself. The product adds term by
+# term, where the sum is pairwise: 1e-5 off and worse if dy has a mean, so only 16-bit gradients are made so.
 _LONG, _THIN, _LARGE = 128, 16, 1 << 21
 # Activations that oneDNN applies to a product before it rounds and stores it.
 _EPILOGUES: dict[str, tuple[str, list[Any], str]] = {"gelu": ("gelu", [], "none"), "gelu_tanh": ("gelu", [], "tanh")}
@@ -61,7 +62,7 @@ def backward(
         x, g, w_down, w_up = x.to(dtype), dy.to(dtype), w_down.to(dtype), w_up.to(dtype)
     sum_dy = needs.b_up or (needs.scale and b_up is not None)
     if needs.w_up or needs.scale:
-        if sum_dy and g.numel() >= max(_LARGE, 16 * w_up.numel()):
+        if sum_dy and dtype.itemsize == 2 and g.numel() >= max(_LARGE, 16 * w_up.numel()):
             dw_up, db_up = _outer_and_sum(g, act.eager(z))
         else:
             dw_up = _outer(g, act.eager(z))  # [D, R], without scale

@@ -182,11 +182,17 @@ def test_thin_bottleneck_large_enough_for_onednn(use_path, dtype):
 
 @pytest.mark.parametrize("scale, wanted", [(1.0, None), (0.3, ["w_up"]), ("one", ["b_up"]), ("channel", ["scale"])])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_large_gradient(use_path, monkeypatch, dtype, scale, wanted):
-    """Where dy is large, the CPU path takes db_up from the product that gives dW_up."""
+@pytest.mark.parametrize("repeated", [False, True])
+def test_large_gradient(use_path, monkeypatch, repeated, dtype, scale, wanted):
+    """Where a 16-bit dy is large, the CPU path takes db_up from the product that gives dW_up.
+
+    Equal rows are the worst a sum over tokens can meet: every rounding goes the same way.
+    """
     use_path("cpu")
     monkeypatch.setattr(cpu, "_LARGE", 1)
     call = Call(2049, 40, 24, dtype, scale=scale)
+    if repeated:
+        call.dy = call.dy[:1].expand_as(call.dy)
     check(call, "cpu", wanted)
     for gradient in call.gradients(wanted=wanted).values():
         assert gradient.is_contiguous() and gradient.untyped_storage().nbytes() == gradient.nbytes
