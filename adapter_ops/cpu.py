@@ -17,7 +17,7 @@ from .kernels.launch import Needs, Options, Weights
 # Measured: over products longer than _LONG, in fp32 than _THIN, oneDNN's epilogue adds more slowly than a pass of its
 # own does. In an outer product in bf16 a side thinner than _THIN goes first. To sum _LARGE elements of dy or more over
 # the tokens takes longer than one more row of a product, unless that product is large itself. The product adds term by
-# term, where the sum is pairwise: 1e-5 off and worse if dy has a mean, so only 16-bit gradients are made so.
+# term, where the sum is pairwise: 1e-5 off and worse if rows of dy repeat, so only 16-bit gradients are made so.
 _LONG, _THIN, _LARGE = 128, 16, 1 << 21
 # Activations that oneDNN applies to a product before it rounds and stores it.
 _EPILOGUES: dict[str, tuple[str, list[Any], str]] = {"gelu": ("gelu", [], "none"), "gelu_tanh": ("gelu", [], "tanh")}
@@ -63,11 +63,11 @@ def backward(
     sum_dy = needs.b_up or (needs.scale and b_up is not None)
     if needs.w_up or needs.scale:
         if sum_dy and dtype.itemsize == 2 and g.numel() >= max(_LARGE, 16 * w_up.numel()):
-            dw_up, db_up = _outer_and_sum(g, act.eager(z))
+            dw_up, db_up = _outer_and_sum(g, act.eager(z))  # [D, R] and [D], without scale
         else:
-            dw_up = _outer(g, act.eager(z))  # [D, R], without scale
+            dw_up = _outer(g, act.eager(z))
     if sum_dy and db_up is None:
-        db_up = g.sum(0)  # [D], without scale
+        db_up = g.sum(0)
     if scaled:
         factor, column = _factors(scale, options)
         if scale is not None and needs.scale:
