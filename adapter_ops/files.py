@@ -1,0 +1,481 @@
+"""The file format of saved tasks: a folder is written, read and checked here, without any model.
+
+The weights file carries the whole header in its metadata. The rename of that one file is therefore the point at which
+a save takes effect, and a reader needs no other file. README.md beside this module specifies the format.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import re
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+CONFIG_FILE, WEIGHTS_FILE, FORMAT = "adapter_ops.json", "adapter_ops.safetensors", 2
+METADATA = "adapter_ops"  # the entry of the weights file's metadata that is the header
+
+Kind = Literal["adapter_ops", "adapter_ops_1", "adapterhub", "peft"]
+
+# A shape that `_check` compares with: a type; (shape, None) where null is allowed; [shape] of every item; {str: shape}
+# of every value; a dictionary from the names of fields to their shapes.
+_HEADER = {
+    "format": int,
+    "library": str,
+    "name": str,
+    "config": dict,
+    "base": {
+        "model_type": (str, None),
+        "name": (str, None),
+        "hidden_sizes": [int],
+        "layers": {str: int},
+        "digest": (str, None),
+    },
+    "modules": [str],
+    "places": ({str: {"output": str, "entry": (str, None), "norm": (str, None)}}, None),
+    "labels": ({"num_labels": int, "id2label": ({str: str}, None), "problem_type": (str, None)}, None),
+}
+_ENTRY = {"dtype": str, "shape": [int], "data_offsets": [int]}
+_WORDS = {int: "a whole number", str: "a string", dict: "an object", list: "a list"}
+
+_DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+}
+_COUNTER = "num_batches_tracked"  # of a BatchNorm: the only integer that a task may hold
+
+_HEADER_LIMIT = 16 * 2**20  # bytes: enough for a hundred thousand tensors, and little enough to parse in any case
+_JSON_DEPTH = 32
+_NAME_LIMIT = 1000
+_DIMENSIONS = 8
+_DAY = 24 * 60 * 60  # seconds
+
+# The host and the process that write stand in a temporary file's name, so that others can tell whether it is needed.
+_TEMPORARY = re.compile(
+    rf"\.(?:{re.escape(CONFIG_FILE)}|{re.escape(WEIGHTS_FILE)})\.([1-9][0-9]{{0,9}})\.([0-9a-f]{{8}})[0-9a-f]{{16}}\.tmp"
+)
+
+
+class Saved(NamedTuple):
+    """What `read` returns: the header, and the tensors by name, on the CPU."""
+
+    header: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def write(folder: str | os.PathLike[str], header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Writes a task into a folder, which is made if it does not exist.
+
+    Both files are written beside their places and synchronised with the disk, and then renamed, the weights first. A
+    save that is interrupted at any point leaves the old task or the new one, whole. Temporary files that dead
+    processes left in the folder are removed.
+
+    Args:
+        folder: where to. Other files in it are left alone.
+        header: the fields that README.md specifies; "format" is `FORMAT`.
+        tensors: by name, of dtype float16, bfloat16, float32 or float64, or int64 for names that end in
+            "num_batches_tracked". They are written as dense copies: they may be on any device, share memory and have
+            any strides.
+
+    Raises:
+        ValueError: a header or a tensor that `read` would refuse, or a tensor that holds no values of its own, such as
+            one on the meta device. Nothing is written then.
+        OSError: the system cannot write. The old files stay whole, and nothing temporary is left.
+    """
+    folder = Path(folder)
+    path = folder / WEIGHTS_FILE
+    try:
+        text = json.dumps(dict(header), indent=2, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"The header for {path} cannot be written as JSON: {error}") from error
+    data = save({name: _dense(name, t, path) for name, t in tensors.items()}, metadata={METADATA: text})
+    _read_head(io.BytesIO(data), len(data), path)  # a reader's checks, before anything is changed
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
+        if (folder / name).is_dir():
+            raise IsADirectoryError(f"{folder / name} is a folder, so no file can be written in its place")
+    _remove_leftovers(folder)
+    mark = f"{os.getpid()}.{_host()}{secrets.token_hex(8)}.tmp"
+    contents = {WEIGHTS_FILE: data, CONFIG_FILE: f"{text}\n".encode()}
+    temporary = {name: folder / f".{name}.{mark}" for name in contents}
+    try:
+        for name, content in contents.items():
+            with open(temporary[name], "xb") as file:  # gets the mode that the umask gives
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for name in contents:
+            os.replace(temporary[name], folder / name)
+    finally:
+        for left in temporary.values():
+            left.unlink(missing_ok=True)
+    _sync(folder)
+
+
+def read(
+    folder: str | os.PathLike[str], *, limit: Callable[[dict[str, Any]], Mapping[str, tuple[int, ...]]] | None = None
+) -> Saved:
+    """Reads a task from a folder that `write` wrote, and checks all of it before it builds any tensor.
+
+    The weights file is opened once and each of its bytes is read once, so a save that takes place meanwhile is seen
+    whole or not at all.
+
+    Args:
+        folder: holds adapter_ops.safetensors. No other file is read.
+        limit: called with the header before any weights are read; returns the shapes of the tensors that the caller
+            takes. The file must hold each of them in this shape, and only those are returned. Without it, every tensor
+            of the file is returned. A module of header["modules"] may be left out whole; any other tensor that is not
+            named is an error.
+
+    Raises:
+        FileNotFoundError: no such folder, or no adapter_ops.safetensors in it.
+        ValueError: the file is damaged, of another format or not what `write` writes; a tensor is missing, surplus or
+            not of the shape that `limit` gives; or the folder holds an adapter of another library.
+    """
+    folder = Path(folder)
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise _refusal(folder)
+    with open(path, "rb") as file:
+        head = _read_head(file, os.fstat(file.fileno()).st_size, path)
+        names = set(head.shapes)
+        if limit is not None:
+            names = _compare(head, limit(head.header), path)
+        body = file.read(head.size)
+    if len(body) != head.size:
+        raise ValueError(f"{path} ends after {len(body)} of {head.size} bytes of weights")
+    try:
+        tensors = load(head.raw + body)
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return Saved(head.header, {name: t for name, t in tensors.items() if name in names})
+
+
+def check_finite(saved: Saved) -> None:
+    """Raises ValueError if any tensor holds NaN or infinity; the message names the first of them with their counts."""
+    bad = []
+    for name, t in saved.tensors.items():
+        nan, infinite = int(t.isnan().sum()), int(t.isinf().sum())
+        if nan or infinite:
+            bad.append(f"{name} ({nan} NaN and {infinite} infinite of {t.numel()})")
+    if bad:
+        raise ValueError(
+            f"{len(bad)} of {len(saved.tensors)} tensors hold values that are not finite: {', '.join(bad[:3])}"
+        )
+
+
+def kind_of(folder: str | os.PathLike[str]) -> Kind | None:
+    """Which library's adapter a folder holds, by what its files contain and not by their names.
+
+    Returns:
+        "adapter_ops" for what `write` writes, "adapter_ops_1" for this library's format before the first release,
+        "adapterhub" or "peft" for an adapter of the package `adapters` or `peft`, and None for anything else, such as a
+        folder that does not exist. This library's own files come first where a folder holds several.
+    """
+    return _identify(Path(folder))[0]
+
+
+class _Head(NamedTuple):
+    """What stands before the weights in a file that passed every check."""
+
+    raw: bytes
+    header: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    size: int  # bytes of weights
+
+
+def _read_head(file: BinaryIO, size: int, path: Path) -> _Head:
+    """Reads and checks a weights file up to the weights. `size`: of the whole file, in bytes."""
+    raw, entries, metadata = _read_entries(file, size, path)
+    if METADATA not in metadata:
+        raise _refusal(path.parent)
+    where = f"the header of {path}"
+    header = _parse(metadata[METADATA], where)
+    number = header.get("format") if isinstance(header, dict) else None
+    if type(number) is int and number != FORMAT:
+        raise ValueError(f"{path} is of format {number}, and this version of adapter_ops reads format {FORMAT}")
+    _check(header, _HEADER, where)
+    size -= len(raw)
+    shapes: dict[str, tuple[int, ...]] = {}
+    spans = []
+    for name, entry in entries.items():
+        if len(name) > _NAME_LIMIT:
+            raise ValueError(f"{path} has a tensor whose name has {len(name)} characters, the limit is {_NAME_LIMIT}")
+        where = f"the entry of {name!r} in {path}"
+        _check(entry, _ENTRY, where)
+        dtype, shape, offsets = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        if dtype not in _DTYPES:
+            raise ValueError(f"{where} has dtype {_short(dtype)}, expected one of {', '.join(_DTYPES)}")
+        _check_dtype(name, _DTYPES[dtype], path)
+        if len(shape) > _DIMENSIONS or any(n < 0 for n in shape) or math.prod(max(n, 1) for n in shape) >= 2**63:
+            raise ValueError(f"{where} has shape {entry['shape'][: _DIMENSIONS + 1]}, which no tensor has")
+        if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * _DTYPES[dtype].itemsize:
+            raise ValueError(f"{where} has shape {shape} and dtype {dtype}, which do not fit offsets {offsets[:3]}")
+        shapes[name] = shape
+        spans.append((*offsets, name))
+    end = 0
+    for begin, stop, name in sorted(spans):
+        if begin != end:
+            raise ValueError(f"the entry of {name!r} in {path} begins at byte {begin}, expected {end}")
+        end = stop
+    if end != size:
+        raise ValueError(f"{path} has {size} bytes of weights, and its tensors take {end}")
+    return _Head(raw, header, shapes, size)
+
+
+def _read_entries(file: BinaryIO, size: int, path: Path) -> tuple[bytes, dict[str, Any], dict[str, str]]:
+    """The start of a safetensors file: its bytes, its tensors' entries and its metadata."""
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > size - 8:
+        raise ValueError(f"{path} is cut off or no safetensors file: its {size} bytes do not hold its header")
+    if length > _HEADER_LIMIT:
+        raise ValueError(f"{path} has a header of {length} bytes, the limit is {_HEADER_LIMIT}")
+    raw = file.read(length)
+    where = f"the safetensors header of {path}"
+    entries = _parse(raw, where)
+    _check(entries, {str: dict}, where)
+    metadata = entries.pop("__metadata__", {})
+    _check(metadata, {str: str}, where)
+    return start + raw, entries, metadata
+
+
+def _parse(text: str | bytes, where: str) -> Any:
+    """The value of a JSON text without the leniences of Python's parser."""
+    try:
+        text = text if isinstance(text, str) else text.decode("utf-8")
+        value = json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite, parse_int=_int64
+        )
+    except RecursionError:
+        raise ValueError(f"{where} nests deeper than {_JSON_DEPTH} levels") from None
+    except ValueError as error:
+        raise ValueError(f"{where} is no valid JSON: {error}") from error
+    level = [value]
+    for _ in range(_JSON_DEPTH):
+        level = [
+            item for v in level if isinstance(v, (dict, list)) for item in (v.values() if isinstance(v, dict) else v)
+        ]
+    if level:
+        raise ValueError(f"{where} nests deeper than {_JSON_DEPTH} levels")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in fields:
+            raise ValueError(f"an object has the key {_short(key)} twice")
+        fields[key] = value
+    return fields
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no finite number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return number
+
+
+def _int64(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= int(text) < 2**63:
+        raise ValueError(f"{text[:20]} does not fit into 64 bits")
+    return int(text)
+
+
+def _check(value: Any, shape: Any, where: str) -> None:
+    """Raises ValueError where a JSON value is not of the shape; see `_HEADER`."""
+    if isinstance(shape, tuple):
+        if value is not None:
+            _check(value, shape[0], where)
+        return
+    kind = shape if isinstance(shape, type) else type(shape)
+    if type(value) is not kind:  # isinstance would take True for a whole number
+        raise ValueError(f"{where} is {_short(value)}, expected {_WORDS[kind]}")
+    if isinstance(shape, list):
+        for i, item in enumerate(value):
+            _check(item, shape[0], f"{where}, item {i}")
+    elif isinstance(shape, dict):
+        if str not in shape and (missing := shape.keys() - value.keys()):
+            raise ValueError(f"{where} lacks the fields {', '.join(sorted(missing))}")
+        for field in value if str in shape else shape:
+            _check(value[field], shape[str if str in shape else field], f"{where}, field {field!r}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}…"
+
+
+def _check_dtype(name: str, dtype: torch.dtype, path: Path) -> None:
+    if dtype not in _DTYPES.values():
+        known = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES.values() if d.is_floating_point)
+        raise ValueError(f"{name} in {path} has dtype {dtype}, expected one of {known}")
+    if dtype is torch.int64 and name.rpartition(".")[2] != _COUNTER:
+        raise ValueError(f"{name} in {path} has dtype int64, which only a BatchNorm's {_COUNTER} may have")
+
+
+def _compare(head: _Head, expected: Mapping[str, tuple[int, ...]], path: Path) -> set[str]:
+    """The names to take. Raises ValueError where the file does not hold what the caller expects."""
+    if missing := expected.keys() - head.shapes.keys():
+        raise ValueError(f"{path} lacks {len(missing)} of {len(expected)} tensors: {', '.join(sorted(missing)[:3])}")
+    taken = {module for name in expected for module in _modules_above(name)}
+    left_out = set(head.header["modules"]) - taken
+    surplus = [name for name in head.shapes if name not in expected and left_out.isdisjoint(_modules_above(name))]
+    if surplus:
+        raise ValueError(
+            f"{path} has {len(surplus)} tensors that do not belong to this model: {', '.join(sorted(surplus)[:3])}"
+        )
+    for name, shape in expected.items():
+        if head.shapes[name] != tuple(shape):
+            raise ValueError(f"{name} in {path} has shape {head.shapes[name]}, the model has {tuple(shape)}")
+    return set(expected)
+
+
+def _modules_above(name: str) -> list[str]:
+    """The paths of a tensor and of every module that it is in, if it is a module's: "a.b" and "a" of "modules.a.b"."""
+    start, *parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))] if start == "modules" else []
+
+
+def _dense(name: str, t: Tensor, path: Path) -> Tensor:
+    """A copy of a tensor as the file holds it: on the CPU, contiguous, with memory of its own."""
+    if not isinstance(name, str) or name == "__metadata__":
+        raise ValueError(f"{path} can hold no tensor with the name {name!r}")
+    if t.is_meta:
+        raise ValueError(f"{name} for {path} is on the meta device, which holds no values")
+    _check_dtype(name, t.dtype, path)
+    if t.layout is not torch.strided:
+        raise ValueError(f"{name} for {path} has layout {t.layout}, expected torch.strided")
+    copy = t.detach().resolve_neg().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    if type(copy) is not Tensor:
+        raise ValueError(f"{name} for {path} is a {type(copy).__name__}, expected a plain tensor that holds all values")
+    return copy
+
+
+def _host() -> str:
+    """Eight digits that differ between hosts, and between containers that number processes by themselves."""
+    try:
+        processes = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        processes = ""  # not Linux
+    return hashlib.sha256(f"{platform.node()} {processes}".encode()).hexdigest()[:8]
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes temporary files of saves that were killed: of dead processes of this host, and of others after a day."""
+    host, now = _host(), time.time()
+    for entry in os.scandir(folder):
+        found = _TEMPORARY.fullmatch(entry.name)
+        with contextlib.suppress(OSError):  # another save removed it first, or it belongs to another user
+            if found and (
+                (found[2] == host and not _alive(int(found[1])))
+                or now - entry.stat(follow_symlinks=False).st_mtime > _DAY
+            ):
+                os.unlink(entry.path)
+
+
+def _alive(process: int) -> bool:
+    """Whether a process of this host runs, or may run."""
+    if os.name == "nt":
+        return True  # os.kill would end it
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+def _sync(folder: Path) -> None:
+    """Makes the renames durable, where the file system can. The save has taken effect already."""
+    if os.name == "posix":
+        with contextlib.suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _identify(folder: Path) -> tuple[Kind | None, Path, dict[str, Any]]:
+    """The kind of adapter in a folder, the file that shows it, and that file's fields."""
+    for name in (WEIGHTS_FILE, "adapter.safetensors", "adapter_model.safetensors", CONFIG_FILE, "adapter_config.json"):
+        path = folder / name
+        if path.is_file():
+            with open(path, "rb") as file, contextlib.suppress(ValueError):
+                if path.suffix == ".json":
+                    fields = _parse(file.read(_HEADER_LIMIT), str(path))
+                    kind = _kind_of_fields(fields)
+                else:
+                    fields = _read_entries(file, os.fstat(file.fileno()).st_size, path)[2]
+                    kind = _kind_of_metadata(fields)
+                if kind is not None:
+                    return kind, path, fields
+    return None, folder, {}
+
+
+def _kind_of_metadata(metadata: Mapping[str, str]) -> Kind | None:
+    """The kind of a safetensors file. Those of the other libraries say nothing about themselves."""
+    if METADATA in metadata:
+        return "adapter_ops"
+    return "adapter_ops_1" if "adapter_config" in metadata else None
+
+
+def _kind_of_fields(fields: Any) -> Kind | None:
+    """The kind of a JSON file."""
+    if not isinstance(fields, dict):
+        return None
+    if isinstance(fields.get("peft_type"), str):
+        return "peft"
+    if not isinstance(fields.get("config"), dict):
+        return None
+    if type(fields.get("format")) is int and "modules" in fields:
+        return "adapter_ops_1" if fields["format"] == 1 else "adapter_ops"
+    return "adapterhub" if isinstance(fields.get("model_type"), str) and "hidden_size" in fields else None
+
+
+def _refusal(folder: Path) -> Exception:
+    """Why a folder, which holds no weights file of this library, cannot be read, and what to do instead."""
+    kind, path, fields = _identify(folder)
+    weights = folder / WEIGHTS_FILE
+    if kind == "adapterhub":
+        return ValueError(
+            f"{path} belongs to an adapter of AdapterHub: use adapter_ops.integrations.adapterhub.load_adapterhub"
+        )
+    if kind == "peft":
+        return ValueError(
+            f"{path} belongs to a PEFT adapter (peft_type {_short(fields['peft_type'])}), which adapter_ops does not "
+            "read: load it with the package peft"
+        )
+    if kind == "adapter_ops_1":
+        return ValueError(
+            f"{path} was written in format 1, which was never released and is no longer read (this version of "
+            f"adapter_ops reads format {FORMAT}): save the task again with this version"
+        )
+    if weights.is_file():
+        return ValueError(f"{weights} has no metadata {METADATA!r}, so adapter_ops did not write it")
+    if folder.is_dir():
+        hint = f", though {path.name} is of its format: the weights are missing or misnamed" if kind else ""
+        return FileNotFoundError(f"{folder} has no {WEIGHTS_FILE}{hint}")
+    problem = "is a file" if folder.exists() else "does not exist"
+    return FileNotFoundError(f"{folder} {problem}, expected a folder with {WEIGHTS_FILE}")
