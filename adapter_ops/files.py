@@ -27,9 +27,10 @@ CONFIG_FILE, WEIGHTS_FILE, FORMAT = "adapter_ops.json", "adapter_ops.safetensors
 METADATA = "adapter_ops"  # the entry of the weights file's metadata that is the header
 
 Kind = Literal["adapter_ops", "adapter_ops_1", "adapterhub", "peft"]
+_OURS: dict[str, Kind] = {METADATA: "adapter_ops", "adapter_config": "adapter_ops_1"}  # by an entry of the metadata
 
-# A shape that `_check` compares with: a type; (shape, None) where null is allowed; [shape] of every item; {str: shape}
-# of every value; a dictionary from the names of fields to their shapes.
+# Patterns for `_check`: a type; (pattern, None) where null is allowed; [pattern] for every item of a list;
+# {str: pattern} for every value of an object; or a dictionary of an object's fields and their patterns.
 _HEADER = {
     "format": int,
     "library": str,
@@ -49,16 +50,13 @@ _HEADER = {
 _ENTRY = {"dtype": str, "shape": [int], "data_offsets": [int]}
 _WORDS = {int: "a whole number", str: "a string", dict: "an object", list: "a list"}
 
-_DTYPES = {
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I64": torch.int64,
-}
-_COUNTER = "num_batches_tracked"  # of a BatchNorm: the only integer that a task may hold
+# The dtypes of tensors, under safetensors' names. I64 is for the counter of a BatchNorm only.
+_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
+_BYTES = {name: dtype.itemsize for dtype, name in _DTYPES.items()}
+_FLOATS = tuple(name for dtype, name in _DTYPES.items() if dtype.is_floating_point)
+_COUNTER = "num_batches_tracked"
 
-_HEADER_LIMIT = 16 * 2**20  # bytes: enough for a hundred thousand tensors, and little enough to parse in any case
+_HEADER_LIMIT = 16 * 2**20  # bytes, enough for a hundred thousand tensors
 _JSON_DEPTH = 32
 _NAME_LIMIT = 1000
 _DIMENSIONS = 8
@@ -87,19 +85,20 @@ def write(folder: str | os.PathLike[str], header: Mapping[str, Any], tensors: Ma
     Args:
         folder: where to. Other files in it are left alone.
         header: the fields that README.md specifies; "format" is `FORMAT`.
-        tensors: by name, of dtype float16, bfloat16, float32 or float64, or int64 for names that end in
-            "num_batches_tracked". They are written as dense copies: they may be on any device, share memory and have
-            any strides.
+        tensors: by name, of dtype float16, bfloat16, float32 or float64. Those whose names end in
+            "num_batches_tracked", which a BatchNorm has, are int64. They are written as dense copies: they may be on
+            any device, share memory and have any strides.
 
     Raises:
         ValueError: a header or a tensor that `read` would refuse, or a tensor that holds no values of its own, such as
             one on the meta device. Nothing is written then.
-        OSError: the system cannot write. The old files stay whole, and nothing temporary is left.
+        OSError: the system cannot write. The files that are in place stay whole, and nothing temporary is left.
     """
     folder = Path(folder)
     path = folder / WEIGHTS_FILE
     try:
         text = json.dumps(dict(header), indent=2, ensure_ascii=False, allow_nan=False)
+        config = f"{text}\n".encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"The header for {path} cannot be written as JSON: {error}") from error
     data = save({name: _dense(name, t, path) for name, t in tensors.items()}, metadata={METADATA: text})
@@ -110,7 +109,7 @@ def write(folder: str | os.PathLike[str], header: Mapping[str, Any], tensors: Ma
             raise IsADirectoryError(f"{folder / name} is a folder, so no file can be written in its place")
     _remove_leftovers(folder)
     mark = f"{os.getpid()}.{_host()}{secrets.token_hex(8)}.tmp"
-    contents = {WEIGHTS_FILE: data, CONFIG_FILE: f"{text}\n".encode()}
+    contents = {WEIGHTS_FILE: data, CONFIG_FILE: config}
     temporary = {name: folder / f".{name}.{mark}" for name in contents}
     try:
         for name, content in contents.items():
@@ -159,10 +158,11 @@ def read(
     if len(body) != head.size:
         raise ValueError(f"{path} ends after {len(body)} of {head.size} bytes of weights")
     try:
-        tensors = load(head.raw + body)
+        with torch.device("cpu"):  # whatever the caller's default device is
+            tensors = load(head.raw + body)
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    return Saved(head.header, {name: t for name, t in tensors.items() if name in names})
+    return Saved(head.header, {name: tensors[name] for name in head.shapes if name in names})
 
 
 def check_finite(saved: Saved) -> None:
@@ -199,7 +199,7 @@ class _Head(NamedTuple):
 
 
 def _read_head(file: BinaryIO, size: int, path: Path) -> _Head:
-    """Reads and checks a weights file up to the weights. `size`: of the whole file, in bytes."""
+    """Reads and checks a weights file up to the weights. `size` is that of the whole file, in bytes."""
     raw, entries, metadata = _read_entries(file, size, path)
     if METADATA not in metadata:
         raise _refusal(path.parent)
@@ -207,7 +207,8 @@ def _read_head(file: BinaryIO, size: int, path: Path) -> _Head:
     header = _parse(metadata[METADATA], where)
     number = header.get("format") if isinstance(header, dict) else None
     if type(number) is int and number != FORMAT:
-        raise ValueError(f"{path} is of format {number}, and this version of adapter_ops reads format {FORMAT}")
+        newer = ": update adapter_ops" if number > FORMAT else ""
+        raise ValueError(f"{path} is of format {number}, and this version of adapter_ops reads format {FORMAT}{newer}")
     _check(header, _HEADER, where)
     size -= len(raw)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -218,12 +219,10 @@ def _read_head(file: BinaryIO, size: int, path: Path) -> _Head:
         where = f"the entry of {name!r} in {path}"
         _check(entry, _ENTRY, where)
         dtype, shape, offsets = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        if dtype not in _DTYPES:
-            raise ValueError(f"{where} has dtype {_short(dtype)}, expected one of {', '.join(_DTYPES)}")
-        _check_dtype(name, _DTYPES[dtype], path)
+        _check_dtype(name, dtype, path)
         if len(shape) > _DIMENSIONS or any(n < 0 for n in shape) or math.prod(max(n, 1) for n in shape) >= 2**63:
             raise ValueError(f"{where} has shape {entry['shape'][: _DIMENSIONS + 1]}, which no tensor has")
-        if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * _DTYPES[dtype].itemsize:
+        if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * _BYTES[dtype]:
             raise ValueError(f"{where} has shape {shape} and dtype {dtype}, which do not fit offsets {offsets[:3]}")
         shapes[name] = shape
         spans.append((*offsets, name))
@@ -259,7 +258,7 @@ def _parse(text: str | bytes, where: str) -> Any:
     try:
         text = text if isinstance(text, str) else text.decode("utf-8")
         value = json.loads(
-            text, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite, parse_int=_int64
+            text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite, parse_int=_int64
         )
     except RecursionError:
         raise ValueError(f"{where} nests deeper than {_JSON_DEPTH} levels") from None
@@ -284,40 +283,40 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is no finite number")
-
-
 def _finite(text: str) -> float:
     number = float(text)
-    if math.isinf(number):
-        raise ValueError(f"{text[:20]} is no finite number")
+    if not math.isfinite(number):
+        raise ValueError(f"{_short(text)} is not a finite number")
     return number
 
 
 def _int64(text: str) -> int:
     if len(text) > 20 or not -(2**63) <= int(text) < 2**63:
-        raise ValueError(f"{text[:20]} does not fit into 64 bits")
+        raise ValueError(f"{_short(text)} does not fit into 64 bits")
     return int(text)
 
 
-def _check(value: Any, shape: Any, where: str) -> None:
-    """Raises ValueError where a JSON value is not of the shape; see `_HEADER`."""
-    if isinstance(shape, tuple):
-        if value is not None:
-            _check(value, shape[0], where)
-        return
-    kind = shape if isinstance(shape, type) else type(shape)
-    if type(value) is not kind:  # isinstance would take True for a whole number
+def _check(value: Any, pattern: Any, where: str) -> None:
+    """Raises ValueError where a JSON value does not match a pattern; see `_HEADER`."""
+    if isinstance(pattern, tuple):
+        if value is None:
+            return
+        pattern = pattern[0]
+    kind = pattern if isinstance(pattern, type) else type(pattern)
+    found: Any = type(value)
+    if found is not kind:  # isinstance would take True for a whole number
         raise ValueError(f"{where} is {_short(value)}, expected {_WORDS[kind]}")
-    if isinstance(shape, list):
+    if isinstance(pattern, list):
         for i, item in enumerate(value):
-            _check(item, shape[0], f"{where}, item {i}")
-    elif isinstance(shape, dict):
-        if str not in shape and (missing := shape.keys() - value.keys()):
-            raise ValueError(f"{where} lacks the fields {', '.join(sorted(missing))}")
-        for field in value if str in shape else shape:
-            _check(value[field], shape[str if str in shape else field], f"{where}, field {field!r}")
+            _check(item, pattern[0], f"{where}, item {i}")
+    elif isinstance(pattern, dict) and str in pattern:
+        for key, item in value.items():
+            _check(item, pattern[str], f"{where}, key {_short(key)}")
+    elif isinstance(pattern, dict):
+        for field, inner in pattern.items():
+            if field not in value:
+                raise ValueError(f"{where} lacks the field {field!r}")
+            _check(value[field], inner, f"{where}, field {field!r}")
 
 
 def _short(value: Any) -> str:
@@ -325,12 +324,10 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:40]}…"
 
 
-def _check_dtype(name: str, dtype: torch.dtype, path: Path) -> None:
-    if dtype not in _DTYPES.values():
-        known = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES.values() if d.is_floating_point)
-        raise ValueError(f"{name} in {path} has dtype {dtype}, expected one of {known}")
-    if dtype is torch.int64 and name.rpartition(".")[2] != _COUNTER:
-        raise ValueError(f"{name} in {path} has dtype int64, which only a BatchNorm's {_COUNTER} may have")
+def _check_dtype(name: str, dtype: str, path: Path) -> None:
+    expected = ("I64",) if name.rpartition(".")[2] == _COUNTER else _FLOATS
+    if dtype not in expected:
+        raise ValueError(f"{name} in {path} has dtype {_short(dtype)}, expected {' or '.join(expected)}")
 
 
 def _compare(head: _Head, expected: Mapping[str, tuple[int, ...]], path: Path) -> set[str]:
@@ -362,7 +359,7 @@ def _dense(name: str, t: Tensor, path: Path) -> Tensor:
         raise ValueError(f"{path} can hold no tensor with the name {name!r}")
     if t.is_meta:
         raise ValueError(f"{name} for {path} is on the meta device, which holds no values")
-    _check_dtype(name, t.dtype, path)
+    _check_dtype(name, _DTYPES.get(t.dtype, str(t.dtype)), path)
     if t.layout is not torch.strided:
         raise ValueError(f"{name} for {path} has layout {t.layout}, expected torch.strided")
     copy = t.detach().resolve_neg().to("cpu", copy=True, memory_format=torch.contiguous_format)
@@ -402,19 +399,18 @@ def _alive(process: int) -> bool:
     except ProcessLookupError:
         return False
     except (OSError, OverflowError):
-        return True
+        pass  # another user's process, or a number that this system does not give
     return True
 
 
 def _sync(folder: Path) -> None:
     """Makes the renames durable, where the file system can. The save has taken effect already."""
-    if os.name == "posix":
-        with contextlib.suppress(OSError):
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _identify(folder: Path) -> tuple[Kind | None, Path, dict[str, Any]]:
@@ -426,19 +422,12 @@ def _identify(folder: Path) -> tuple[Kind | None, Path, dict[str, Any]]:
                 if path.suffix == ".json":
                     fields = _parse(file.read(_HEADER_LIMIT), str(path))
                     kind = _kind_of_fields(fields)
-                else:
+                else:  # the other libraries' weights say nothing about themselves
                     fields = _read_entries(file, os.fstat(file.fileno()).st_size, path)[2]
-                    kind = _kind_of_metadata(fields)
+                    kind = next((k for key, k in _OURS.items() if key in fields), None)
                 if kind is not None:
                     return kind, path, fields
     return None, folder, {}
-
-
-def _kind_of_metadata(metadata: Mapping[str, str]) -> Kind | None:
-    """The kind of a safetensors file. Those of the other libraries say nothing about themselves."""
-    if METADATA in metadata:
-        return "adapter_ops"
-    return "adapter_ops_1" if "adapter_config" in metadata else None
 
 
 def _kind_of_fields(fields: Any) -> Kind | None:
