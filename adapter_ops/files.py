@@ -100,7 +100,7 @@ def write(folder: str | os.PathLike[str], header: Mapping[str, Any], tensors: Ma
         text = json.dumps(dict(header), indent=2, ensure_ascii=False, allow_nan=False)
         config = f"{text}\n".encode()
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"The header for {path} cannot be written as JSON: {error}") from error
+        raise ValueError(f"the header for {path} cannot be written as JSON: {error}") from error
     data = save({name: _dense(name, t, path) for name, t in tensors.items()}, metadata={METADATA: text})
     _read_head(io.BytesIO(data), len(data), path)  # a reader's checks, before anything is changed
     folder.mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,8 @@ def check_finite(saved: Saved) -> None:
             bad.append(f"{name} ({nan} NaN and {infinite} infinite of {t.numel()})")
     if bad:
         raise ValueError(
-            f"{len(bad)} of {len(saved.tensors)} tensors hold values that are not finite: {', '.join(bad[:3])}"
+            f"the task {saved.header['name']!r} has {len(bad)} tensors with values that are not finite, of "
+            f"{len(saved.tensors)}: {', '.join(bad[:3])}"
         )
 
 
@@ -232,7 +233,7 @@ def _read_head(file: BinaryIO, size: int, path: Path) -> _Head:
             raise ValueError(f"the entry of {name!r} in {path} begins at byte {begin}, expected {end}")
         end = stop
     if end != size:
-        raise ValueError(f"{path} has {size} bytes of weights, and its tensors take {end}")
+        raise ValueError(f"{path} has {size} bytes of weights, but its tensors take {end}")
     return _Head(raw, header, shapes, size)
 
 

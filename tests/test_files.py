@@ -198,7 +198,9 @@ def test_check_finite_names_tensors_and_counts(tmp_path):
     }
     write(tmp_path, HEADER, given)
     found = read(tmp_path)
-    with pytest.raises(ValueError, match=r"2 of 3 tensors .*adapters\.a \(1 NaN and 1 infinite of 3\).*adapters\.c"):
+    with pytest.raises(
+        ValueError, match=r"'cola' has 2 tensors .* of 3: adapters\.a \(1 NaN and 1 infinite of 3\), .*\.c"
+    ):
         check_finite(found)
     write(tmp_path, HEADER, tensors())
     check_finite(read(tmp_path))
