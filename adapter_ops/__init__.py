@@ -1,9 +1,20 @@
 """Fused bottleneck adapters (Houlsby et al. 2019) for PyTorch."""
 
-from .checkpoint import load_adapter, save_adapter
+from .checkpoint import load_adapter, load_task_state_dict, save_adapter, task_state_dict
 from .config import AdapterConfig
 from .functional import bottleneck_adapter, explain
-from .inject import adapter_summary, add_adapter, delete_adapter, set_active_adapter, skip_layers, train_adapter
+from .inject import (
+    active_adapter,
+    adapter_summary,
+    add_adapter,
+    delete_adapter,
+    list_adapters,
+    set_active_adapter,
+    skip_layers,
+    train_adapter,
+    using_adapter,
+)
+from .integrations.transformers import Place
 from .modules import BottleneckAdapter
 
 __version__ = "0.1.0"
@@ -11,14 +22,20 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterConfig",
     "BottleneckAdapter",
+    "Place",
+    "active_adapter",
     "adapter_summary",
     "add_adapter",
     "bottleneck_adapter",
     "delete_adapter",
     "explain",
+    "list_adapters",
     "load_adapter",
+    "load_task_state_dict",
     "save_adapter",
     "set_active_adapter",
     "skip_layers",
+    "task_state_dict",
     "train_adapter",
+    "using_adapter",
 ]

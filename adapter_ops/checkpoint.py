@@ -1,74 +1,126 @@
-"""Saving and loading one task: a folder with adapter_config.json and adapter.safetensors.
+"""Saving and loading one task of a model. `files.py` has the format, and README.md beside this module specifies it."""
 
-The weights file carries the whole configuration in its header too, so it is the point at which a save takes effect.
-"""
-
+import hashlib
 import json
 import os
-import uuid
-from collections.abc import Iterable
-from pathlib import Path
+import warnings
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
+from . import files
 from .config import AdapterConfig
-from .inject import adapters_of, bare, belongings, delete_adapter, insert, plan, set_active_adapter
-from .integrations.transformers import Site
-from .layers import AdapterLayer
+from .functional import DTYPES
+from .inject import _LOCK, adapters_of, attach, build, check_new, labels_of, plan, root_of, train_adapter
+from .integrations.transformers import Place, Site, base_modules, base_parameters, find_bodies, find_models
+from .parameters import Labels, Task, beside, output_of, resize
+from .sharding import fill, full, is_writer
 
-CONFIG, WEIGHTS, FORMAT = "adapter_config.json", "adapter.safetensors", 1
+_DIGEST_TENSORS, _DIGEST_ELEMENTS = 8, 4096
+
+
+class _Paths:
+    """Paths in this model and in a file, which has those below the base model without the base's own path.
+
+    So a task moves between a bare base, a base with a head, and a wrapper around either.
+    """
+
+    def __init__(self, root: nn.Module, sites: list[Site]) -> None:
+        bodies, models = find_bodies(root, sites), list(find_models(root))
+        prefixes = bodies[:1] if len(bodies) == 1 else []
+        prefixes += models[:1] if len(models) == 1 else []
+        self.prefixes = [f"{path}." for path in prefixes if path]
+        self.known = {path for path, _ in base_modules(root)}
+
+    def in_file(self, path: str) -> str:
+        for prefix in self.prefixes:
+            if path.startswith(prefix):
+                return path.removeprefix(prefix)
+        return path
+
+    def in_model(self, path: str) -> str:
+        """Below the base if there is a module of that path, else as it is."""
+        return next((p + path for p in self.prefixes if p + path in self.known), path)
+
+
+def task_state_dict(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The tensors of one task, and no others: what to save by hand.
+
+    Keys are those of a saved file: "adapters.<site>.<parameter>" and "modules.<path>.<parameter>", with paths below
+    the base model. The tensors are detached and share memory with the model's; a sharded one is gathered, for which
+    every process has to call this.
+
+    Raises ValueError for an unknown name.
+
+    >>> torch.save(task_state_dict(model, "cola"), "cola.pt")  # doctest: +SKIP
+    >>> load_task_state_dict(model, "cola", torch.load("cola.pt"))  # doctest: +SKIP
+    """
+    adapters = adapters_of(model, name)
+    tensors = _live(adapters.task(name), _Paths(adapters.model, adapters.sites))
+    return {key: full(t.detach()) for key, t in tensors.items()}
+
+
+@torch.no_grad()
+def load_task_state_dict(model: nn.Module, name: str, state: Mapping[str, Tensor]) -> None:
+    """Copies what `task_state_dict` returned into a task that the model has. Nothing else changes.
+
+    Raises ValueError for an unknown name, and for missing or surplus keys, wrong shapes or tensors that are not
+    floating point where the task's are; the task is then as it was.
+    """
+    adapters = adapters_of(model, name)
+    tensors = _live(adapters.task(name), _Paths(adapters.model, adapters.sites))
+    for what, keys in (("lacks", tensors.keys() - state.keys()), ("has unknown", state.keys() - tensors.keys())):
+        if keys:
+            some = ", ".join(sorted(keys)[:3])
+            raise ValueError(f"the state {what} {len(keys)} keys, the task {name!r} has {len(tensors)}: {some}")
+    for key, t in tensors.items():
+        given = state[key]
+        if given.shape != t.shape:
+            raise ValueError(
+                f"{key} has shape {tuple(given.shape)} in the state, {tuple(t.shape)} in the task {name!r}"
+            )
+        if given.is_floating_point() != t.is_floating_point():
+            raise ValueError(f"{key} has dtype {given.dtype} in the state, {t.dtype} in the task {name!r}")
+    for key, t in tensors.items():
+        fill(t, state[key])
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str) -> None:
     """Writes a task: its adapters, its LayerNorms if trained, and its other modules such as the head.
 
-    Each file is written beside its place and then renamed, the weights first: an interrupted save leaves the old task
-    or the new one, whole. Raises ValueError for an unknown name.
+    An interrupted save leaves the old task or the new one, whole (see `files.write`). Of the processes that share a
+    sharded model all have to call this, and the first one writes.
+
+    Args:
+        model: also as torch.compile, DistributedDataParallel, FSDP2 or PEFT return it.
+        folder: of this task alone; gets adapter_ops.safetensors and adapter_ops.json. Other files stay.
+        name: of the task.
+
+    Raises:
+        ValueError: an unknown name, or a tensor that cannot be written; nothing is written then.
+        OSError: the system cannot write; the old files stay whole.
     """
     adapters = adapters_of(model, name)
-    task = adapters.tasks[name]
-    prefix = _prefix(model)
-    tensors = {
-        f"adapters.{site.removeprefix(prefix)}.{key}": t
-        for site, layer in adapters.layers(name).items()
-        for key, t in layer.state_dict().items()
-    }
-    active = adapters.active
-    if active != name:
-        set_active_adapter(model, name)  # so that the model's own paths lead to the task's parameters
-    try:
-        for path in (*task.modules, *task.norms):
-            for key, t in _tensors(model, path).items():
-                tensors[f"modules.{key.removeprefix(prefix)}"] = t
-        tensors = {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}
-    finally:
-        if active != name:
-            set_active_adapter(model, active)
+    task, root = adapters.task(name), adapters.model
+    tensors = task_state_dict(model, name)
+    paths = _Paths(root, adapters.sites)
+    labels = task.labels
     header = {
-        "format": FORMAT,
+        "format": files.FORMAT,
+        "library": _version(),
         "name": name,
-        "base": _fingerprint(model, [slot.site for slot in adapters.all_slots()]),
-        "modules": [path.removeprefix(prefix) for path in task.modules],
+        "base": _describe(root, adapters.sites, paths)
+        | {"name": _base_name(root), "digest": _digest(root, adapters.sites, paths)},
+        "modules": [paths.in_file(path) for path in task.heads],
+        "places": None if adapters.places is None else {k: _place(p) for k, p in adapters.places.items()},
+        "labels": None if labels is None else _labels(labels),
         "config": json.loads(task.config.to_json()),
     }
-    text = json.dumps(header, indent=2)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights, config = (folder / f".{file}.{uuid.uuid4().hex}" for file in (WEIGHTS, CONFIG))
-    try:
-        weights.write_bytes(save(tensors, metadata={"adapter_config": text}))  # save_file would make it mode 0600
-        config.write_text(text + "\n", encoding="utf-8")
-        for written, file in ((weights, WEIGHTS), (config, CONFIG)):
-            with open(written, "rb") as f:
-                os.fsync(f.fileno())
-            os.replace(written, folder / file)
-    finally:
-        weights.unlink(missing_ok=True)
-        config.unlink(missing_ok=True)
+    if is_writer():
+        files.write(folder, header, tensors)
 
 
 def load_adapter(
@@ -77,142 +129,196 @@ def load_adapter(
     name: str | None = None,
     *,
     modules: Iterable[str] | None = None,
-    places: Any = None,
+    places: Mapping[str, str | Place] | None = None,
+    strict: bool = False,
+    check_finite: bool = False,
 ) -> str:
-    """Adds a saved task to the model, makes it the active one and returns its name. `train_adapter` trains it on.
+    """Adds a saved task to the model as `add_adapter` does: active, trainable, and all else frozen.
 
     Args:
+        model: as in `add_adapter`.
         folder: what `save_adapter` wrote.
         name: of the task in this model; by default the one it was saved under.
         modules: which of the saved modules to take; by default all. `()` loads into a model without the head.
-        places: as in `add_adapter`, for models of no known family.
+        places: as in `add_adapter`; by default those that the task was saved with.
+        strict: whether another base than the task was trained on is an error and not a warning. The base's weights are
+            compared by a digest of a few tensors, which also differs if the base was loaded in another dtype.
+        check_finite: whether NaN or infinity among the weights is an error.
+
+    Returns:
+        The task's name. Its labels are `list_adapters(model)[name].labels`; `model.config` keeps the base's.
 
     Raises:
         FileNotFoundError: no such folder or file.
         ValueError: a file that is not what `save_adapter` writes, another architecture, a missing or surplus key, a
-            wrong shape, or a name that is taken. The model is then exactly as it was.
+            wrong shape, a name that is taken, or modules that the file or the model does not have. The model is then
+            exactly as it was.
+
+    Warns:
+        UserWarning: the base has other weights than the one that the task was trained on, unless `strict`.
     """
-    folder = Path(folder)
-    header, tensors = _read(folder)
-    name = header["name"] if name is None else name
-    try:
-        config = AdapterConfig.from_json(json.dumps(header["config"]))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder / CONFIG}: {error}") from error
-    if any(t.is_meta for t in model.parameters()):
-        raise ValueError("the model is (in part) on the meta device, which holds no values: move it first")
-    sites = plan(model, config, places)
-    found, expected = _fingerprint(model, sites), header["base"]
-    if found != expected:
-        raise ValueError(f"{folder} was saved from a base with {expected}, this model has {found}")
-    prefix = _prefix(model)
-    kept = [path for path in header["modules"] if modules is None or path in set(modules)]
-    dropped = tuple(f"modules.{path}." for path in header["modules"] if path not in kept)
-    tensors = {key: t for key, t in tensors.items() if not key.startswith(dropped)}
-    targets = [_target(model, prefix, path) for path in kept]
-    with bare(model):  # the active task's head may be of another size than the base's
-        _compare(folder, tensors, _shapes(model, config, sites, prefix, targets))
-    before = adapters_of(model).active if hasattr(model, "adapter_ops") else None
-    insert(model, name, config, targets, places)
-    adapters = adapters_of(model)
-    set_active_adapter(model, name)
-    try:
-        with torch.no_grad():
-            for site, layer in adapters.layers(name).items():
-                start = f"adapters.{site.removeprefix(prefix)}."
-                layer.load_state_dict({k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)})
-            for key, t in tensors.items():
-                if key.startswith("modules."):
-                    owner, _, leaf = _target(model, prefix, key.removeprefix("modules.")).rpartition(".")
-                    getattr(model.get_submodule(owner), leaf).copy_(t)
-    except BaseException:
-        delete_adapter(model, name)
-        if before is not None:
-            set_active_adapter(model, before)
-        raise
+    with _LOCK:
+        return _load(model, folder, name, modules, places, strict, check_finite)
+
+
+def _load(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    name: str | None,
+    modules: Iterable[str] | None,
+    places: Mapping[str, str | Place] | None,
+    strict: bool,
+    check_finite: bool,
+) -> str:
+    root = root_of(model)
+    if any(p.is_meta for _, p in base_parameters(root)) and all(p.is_meta for _, p in base_parameters(root)):
+        raise ValueError("the model is on the meta device, which holds no values: move it first")
+    wanted = [modules] if isinstance(modules, str) else None if modules is None else list(modules)
+    built: dict[str, Any] = {}
+
+    def prepare(header: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Builds the task that the header describes, outside of the model, and returns the shapes it needs."""
+        check_new(model, header["name"] if name is None else name)
+        try:
+            config = AdapterConfig.from_json(json.dumps(header["config"]))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{folder}: {error}") from error
+        there = places
+        if there is None and header["places"] is not None:
+            there = {key: Place(**place) for key, place in header["places"].items()}
+        sites = plan(model, config, there)
+        paths = _Paths(root, sites)
+        found, expected = _describe(root, sites, paths), header["base"]
+        if found != {key: expected[key] for key in found}:
+            raise ValueError(f"{folder} was saved from a base with {expected}, this model has {found}")
+        _compare_bases(folder, expected, {"name": _base_name(root), "digest": _digest(root, sites, paths)}, strict)
+        heads = _choose(folder, header["modules"], wanted, paths)
+        task = build(model, config, sites, heads, device="meta")
+        _take_labels(root, task, header["labels"])
+        built.update(task=task, sites=sites, places=there, paths=paths)
+        return {key: tuple(t.shape) for key, t in _live(task, paths).items()}
+
+    saved = files.read(folder, limit=prepare)
+    if check_finite:
+        files.check_finite(saved)
+    task: Task = built["task"]
+    for site in built["sites"]:
+        if site.name in task.layer_at:
+            task.layer_at[site.name].to_empty(device=beside(root, site)[0])
+    with torch.no_grad():
+        for key, t in _live(task, built["paths"]).items():
+            t.copy_(saved.tensors[key])
+    name = saved.header["name"] if name is None else name
+    attach(model, name, task, built["sites"], built["places"])
+    train_adapter(model, name)
     return name
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What the folder says about the task, and its tensors."""
-    for file in (CONFIG, WEIGHTS):
-        if not (folder / file).is_file():
-            raise FileNotFoundError(f"{folder} has no {file}")
-    header = _parse((folder / CONFIG).read_bytes(), folder / CONFIG)
-    try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            written = (file.metadata() or {}).get("adapter_config")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is damaged or no safetensors file: {error}") from error
-    if written is not None:  # a save takes effect with this file: until the other is renamed too, that is out of date
-        header = _parse(written, folder / WEIGHTS)
-    return header, tensors
+def _live(task: Task, paths: _Paths) -> dict[str, Tensor]:
+    """The task's tensors as they are, by their keys in a file."""
+    parts: dict[str, nn.Module] = {f"adapters.{paths.in_file(n)}": layer for n, layer in task.layer_at.items()}
+    parts |= {f"modules.{paths.in_file(path)}": module for path, module in task.copy_at.items()}
+    tensors: dict[str, Tensor] = {}
+    for start, module in parts.items():
+        for key, t in module.state_dict(keep_vars=True).items():
+            if not isinstance(t, Tensor):
+                raise ValueError(f"{start}.{key} is a {type(t).__name__}, and a file of tensors has no place for it")
+            tensors[f"{start}.{key}"] = t
+    return tensors
 
 
-def _parse(text: str | bytes, source: Path) -> dict[str, Any]:
-    """What save_adapter wrote about a task."""
-    try:
-        header = json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{source} holds no JSON: {error}") from error
-    types = {"format": int, "name": str, "base": dict, "modules": list, "config": dict}
-    good = isinstance(header, dict) and all(isinstance(header.get(field), kind) for field, kind in types.items())
-    if not (good and header["format"] == FORMAT and all(isinstance(path, str) for path in header["modules"])):
-        raise ValueError(f"{source} is not of adapter_ops' format {FORMAT} with fields {sorted(types)}")
-    return header
+def _choose(folder: str | os.PathLike[str], saved: list[str], wanted: list[str] | None, paths: _Paths) -> list[str]:
+    """Paths in the model of the saved modules that are to be taken, given by either path."""
+    here = {paths.in_model(path): path for path in saved}
+    if wanted is not None:
+        known = here.keys() | set(saved)
+        if unknown := [path for path in wanted if path not in known]:
+            raise ValueError(f"{folder} has no modules {unknown}; it has: {', '.join(saved) or 'none'}")
+        here = {path: file for path, file in here.items() if path in wanted or file in wanted}
+    if missing := [path for path in here if path not in paths.known]:
+        raise ValueError(
+            f"the model has no modules {missing}, which the task in {folder} has its own of: give the model such a "
+            "head, or load the task without it by modules=()"
+        )
+    return list(here)
 
 
-def _tensors(model: nn.Module, path: str) -> dict[str, Tensor]:
-    """Parameters and buffers of a task's module by path in the model."""
-    module = model.get_submodule(path)
-    return {**dict(module.named_parameters(path)), **dict(module.named_buffers(path))}
+def _take_labels(root: nn.Module, task: Task, saved: dict[str, Any] | None) -> None:
+    """Gives a built task the labels of its file, and its head as many outputs."""
+    base, task.labels = labels_of(root, [task.copy_at[path] for path in task.heads]), None
+    if saved is None or not task.heads:
+        return
+    names = saved["id2label"]
+    task.labels = Labels(
+        saved["num_labels"], names and {int(n): label for n, label in names.items()}, saved["problem_type"]
+    )
+    if base is None or base.num_labels == task.labels.num_labels:
+        return
+    for path in task.heads:
+        output = output_of(task.copy_at[path])
+        if output is not None and output.out_features == base.num_labels:
+            task.replace_copy(path, resize(task.copy_at[path], task.labels.num_labels))
 
 
-def _prefix(model: nn.Module) -> str:
-    """What a head in front of the base puts before every path of the base, such as "bert."."""
-    base = getattr(model, "base_model_prefix", "")
-    return f"{base}." if base and base in dict(model.named_children()) else ""
-
-
-def _target(model: nn.Module, prefix: str, path: str) -> str:
-    """A saved path in this model: below its base if it leads somewhere there, else as it is."""
-    names = {name for name, _ in (*model.named_modules(), *model.named_parameters(), *model.named_buffers())}
-    return prefix + path if prefix + path in names else path
-
-
-def _fingerprint(model: nn.Module, sites: list[Site]) -> dict[str, Any]:
+def _describe(root: nn.Module, sites: list[Site], paths: _Paths) -> dict[str, Any]:
     """The base's architecture as far as adapters depend on it."""
-    stacks = {site.name.removeprefix(_prefix(model)).rpartition(f".{site.layer}.")[0] for site in sites}
+    stacks = {paths.in_file(site.name).rpartition(f".{site.layer}.")[0] for site in sites}
+    inner = next(iter(find_models(root).values()), root)
     return {
-        "model_type": getattr(getattr(model, "config", None), "model_type", None),
+        "model_type": getattr(getattr(inner, "config", None), "model_type", None),
         "hidden_sizes": sorted({site.hidden_size for site in sites}),
         "layers": {stack: len({s.layer for s in sites if f"{stack}." in s.name}) for stack in sorted(stacks)},
     }
 
 
-def _shapes(
-    model: nn.Module, config: AdapterConfig, sites: list[Site], prefix: str, targets: list[str]
-) -> dict[str, tuple[int, ...]]:
-    """Every key the task has in this model, with its shape."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for site in sites:
-        if config.at(site.place, site.layer):
-            layer = AdapterLayer(config, site.layer, site.hidden_size, torch.device("meta"), torch.float32)
-            start = f"adapters.{site.name.removeprefix(prefix)}."
-            shapes |= {start + key: tuple(t.shape) for key, t in layer.state_dict().items()}
-    modules, norms = belongings(model, config, targets)
-    for path in (*modules, *norms):
-        for key, t in _tensors(model, path).items():
-            shapes[f"modules.{key.removeprefix(prefix)}"] = tuple(t.shape)
-    return shapes
+def _base_name(root: nn.Module) -> str | None:
+    inner = next(iter(find_models(root).values()), root)
+    return getattr(getattr(inner, "config", None), "_name_or_path", None) or None
 
 
-def _compare(folder: Path, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
-    for what, keys in (("lacks", shapes.keys() - tensors.keys()), ("has unknown", tensors.keys() - shapes.keys())):
-        if keys:
-            some = ", ".join(sorted(keys)[:3])
-            raise ValueError(f"{folder / WEIGHTS} {what} {len(keys)} of {len(shapes)} keys: {some}")
-    for key, shape in shapes.items():
-        if tuple(tensors[key].shape) != shape:
-            raise ValueError(f"{folder / WEIGHTS}: {key} has shape {tuple(tensors[key].shape)}, the model {shape}")
+def _digest(root: nn.Module, sites: list[Site], paths: _Paths) -> str | None:
+    """A digest of a few tensors of the layers that have sites, since others, such as a pooler, may be new in every
+    process; None where one of them is not there to be read."""
+    layers = tuple({f"{site.name.rpartition('.')[0]}." for site in sites})
+    named = sorted(
+        (paths.in_file(n), p) for n, p in base_parameters(root) if n.startswith(layers) and p.dtype in DTYPES
+    )
+    chosen = named[:: max(1, -(-len(named) // _DIGEST_TENSORS))]
+    digest = hashlib.sha256()
+    for name, parameter in chosen:
+        if parameter.is_meta:
+            return None
+        values = full(parameter.detach()).flatten()[:_DIGEST_ELEMENTS].to("cpu", torch.bfloat16)
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(bytes(values.view(torch.uint8).tolist()))
+    return digest.hexdigest() if chosen else None
+
+
+def _compare_bases(
+    folder: str | os.PathLike[str], saved: dict[str, Any], found: dict[str, str | None], strict: bool
+) -> None:
+    if saved["digest"] is None or found["digest"] is None or saved["digest"] == found["digest"]:
+        return
+    text = (
+        f"the task in {folder} was trained on a base with other weights: {saved['name'] or 'without a name'} (digest "
+        f"{saved['digest'][:12]}), the model is {found['name'] or 'without a name'} (digest {found['digest'][:12]})"
+    )
+    if strict:
+        raise ValueError(text)
+    warnings.warn(f"{text}. strict=True makes this an error", stacklevel=6)
+
+
+def _place(place: str | Place) -> dict[str, str | None]:
+    return (Place(place) if isinstance(place, str) else place)._asdict()
+
+
+def _labels(labels: Labels) -> dict[str, Any]:
+    names = labels.id2label
+    return {**labels._asdict(), "id2label": None if names is None else {str(n): text for n, text in names.items()}}
+
+
+def _version() -> str:
+    try:
+        return version("adapter-ops")
+    except PackageNotFoundError:  # run from a checkout
+        return "unknown"

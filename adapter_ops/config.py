@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from typing import Any, Literal
 from .kernels.activations import find_activation
 
 PLACES = ("attention", "ffn")
+_LARGEST, _DEEPEST = 1 << 20, 64  # what is over these is a mistake, or a file that would fill the memory
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,10 @@ class AdapterConfig:
         for name, least in (("bottleneck", 1), ("reduction_factor", 0)):
             value = getattr(self, name)
             sizes = value.values() if isinstance(value, Mapping) else () if value is None else (value,)
-            if not all(isinstance(s, (int, float)) and s >= least and s > 0 for s in sizes):
-                raise ValueError(f"{name} is {value}, expected numbers over {least - (least == 1)}")
+            if not all(_is_number(s) and s >= least and 0 < s <= _LARGEST for s in sizes):
+                raise ValueError(f"{name} is {value}, expected numbers over {least - (least == 1)}, up to {_LARGEST}")
+            if isinstance(value, Mapping) and not all(n == "default" or str(n).isdigit() for n in value):
+                raise ValueError(f"{name} has the keys {list(value)}, expected numbers of layers and 'default'")
             if isinstance(value, Mapping) and "default" not in value:
                 raise ValueError(f"{name} {dict(value)} has no entry 'default'")
             if isinstance(value, Mapping):  # JSON knows no numbers as keys
@@ -82,12 +86,14 @@ class AdapterConfig:
         if not isinstance(self.placement, str):  # and no tuples
             object.__setattr__(self, "placement", tuple(self.placement))
         object.__setattr__(self, "leave_out", tuple(self.leave_out))
-        if not all(isinstance(layer, int) for layer in self.leave_out):
+        if not all(type(layer) is int for layer in self.leave_out):
             raise ValueError(f"leave_out is {self.leave_out!r}, expected numbers of layers")
         places = (self.placement,) if isinstance(self.placement, str) else self.placement
         if self.placement != "parallel" and (not places or not set(places) <= set(PLACES)):
             raise ValueError(f"placement is {self.placement!r}, known: some of {PLACES}, or 'parallel'")
         find_activation(self.activation)
+        if isinstance(self.scale, (int, float)) and not _is_number(self.scale):
+            raise ValueError(f"scale is {self.scale}, expected a finite number, 'learned' or 'channel'")
         if not isinstance(self.scale, (int, float)):
             self._known("scale", "learned", "channel")
         self._known("init", "houlsby", "bert", "mam")
@@ -95,16 +101,22 @@ class AdapterConfig:
         self._known("norm", None, "layer", "batch")
         self._known("norm_position", "before", "after")
         self._known("residual", "output", "input")
-        if not isinstance(self.depth, int) or self.depth < 1:
-            raise ValueError(f"depth is {self.depth}, must be a whole number from 1")
+        if type(self.depth) is not int or not 1 <= self.depth <= _DEEPEST:
+            raise ValueError(f"depth is {self.depth}, must be a whole number from 1 to {_DEEPEST}")
         for name in ("ln_before", "ln_after"):
             self._known(name, True, False)
-        if not 0 <= self.dropout < 1:
+        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
             raise ValueError(f"dropout is {self.dropout}, must be in [0, 1)")
         if not (self.ln_after or self.ln_before):
             raise ValueError("ln_after=False without ln_before=True would leave the layer without its LayerNorm")
-        if not self.init_std > 0:
-            raise ValueError(f"init_std is {self.init_std}, must be positive")
+        if not (_is_number(self.init_std) and self.init_std > 0):
+            raise ValueError(f"init_std is {self.init_std}, must be positive and finite")
+        if self.placement == "parallel" and (self.ln_before or not self.ln_after):
+            raise ValueError(
+                f"placement='parallel' with ln_before={self.ln_before}, ln_after={self.ln_after}: an adapter beside "
+                "the feed-forward layer reads that layer's input, so no LayerNorm stands before it, and the layer's "
+                "own comes after it. Leave both fields at their defaults"
+            )
 
     def _known(self, name: str, *known: Any) -> None:
         if getattr(self, name) not in known:
@@ -114,12 +126,24 @@ class AdapterConfig:
         """The bottleneck of a layer."""
         if self.bottleneck is not None:
             return int(_of_layer(self.bottleneck, layer))
-        return max(1, int(hidden_size // _of_layer(self.reduction_factor, layer)))
+        size = max(1, int(hidden_size // _of_layer(self.reduction_factor, layer)))
+        if size > _LARGEST:
+            raise ValueError(f"reduction_factor {self.reduction_factor} of hidden size {hidden_size} is over {_LARGEST}")
+        return size
 
     def at(self, place: str, layer: int) -> bool:
         """Whether a layer has an adapter at a place."""
         places = ("ffn",) if self.placement == "parallel" else self.placement
         return place in places and layer not in self.leave_out
+
+    def reads(self, has_norm: bool) -> Literal["output", "input", "sum", "norm"]:
+        """What an adapter of this config reads at a site: the sublayer's output h, its input r, their sum h + r, or
+        what the normalisation behind the sublayer makes of that sum. `has_norm`: whether there is one."""
+        if self.placement == "parallel":
+            return "input"
+        if not self.ln_before:
+            return "output"
+        return "norm" if has_norm else "sum"
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
@@ -128,10 +152,16 @@ class AdapterConfig:
     def from_json(cls, text: str) -> "AdapterConfig":
         """The config that `to_json` wrote. Raises ValueError that names any field it does not know."""
         fields = json.loads(text)
+        if not isinstance(fields, dict):
+            raise ValueError(f"expected a JSON object with the fields of a config, got {type(fields).__name__}")
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(fields) - known):
             raise ValueError(f"unknown fields {unknown}; known: {sorted(known)}")
         return cls(**fields)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _of_layer(value: Any, layer: int) -> Any:

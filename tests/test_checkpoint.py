@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from test_inject import STRONG, bert, logits, step
 from torch import nn
 from transformers import BertModel
@@ -13,8 +13,8 @@ from transformers import BertModel
 from adapter_ops import (
     AdapterConfig,
     add_adapter,
-    checkpoint,
     delete_adapter,
+    files,
     load_adapter,
     save_adapter,
     set_active_adapter,
@@ -69,7 +69,7 @@ def test_a_fresh_base_gives_the_same_outputs(tmp_path, config):
     step(twin)
     set_active_adapter(twin, None)
     assert torch.equal(logits(twin), base)
-    assert sorted(os.listdir(tmp_path)) == ["adapter.safetensors", "adapter_config.json"]
+    assert sorted(os.listdir(tmp_path)) == ["adapter_ops.json", "adapter_ops.safetensors"]
 
 
 def test_three_tasks_on_one_base(tmp_path):
@@ -92,7 +92,7 @@ def test_without_the_head(saved):
     set_active_adapter(model, None)
     bare = bert(BertModel)
     bare.load_state_dict(model.bert.state_dict())
-    with pytest.raises(ValueError, match=r"BertModel has no modules \['classifier'\]"):
+    with pytest.raises(ValueError, match=r"the model has no modules \['classifier'\].*modules=\(\)"):
         load_adapter(bare, folder)
     load_adapter(bare, folder, modules=())
     set_active_adapter(model, "t")
@@ -113,80 +113,96 @@ def test_saving_again_replaces(saved):
 def test_an_interrupted_save_leaves_the_old_files(saved, monkeypatch):
     model, expected, folder = saved
     step(model)
-    monkeypatch.setattr(checkpoint.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         save_adapter(model, folder, "t")
     monkeypatch.undo()
-    assert sorted(os.listdir(folder)) == ["adapter.safetensors", "adapter_config.json"]
+    assert sorted(os.listdir(folder)) == ["adapter_ops.json", "adapter_ops.safetensors"]
     twin = fresh(model)
-    checkpoint.load_adapter(twin, folder)
+    load_adapter(twin, folder)
     twin.eval()
     torch.testing.assert_close(logits(twin), expected)
 
 
-def edit_config(**changes):
-    def edit(folder):
-        file = folder / "adapter_config.json"
-        header = json.loads(file.read_text())
-        for key, value in changes.items():
-            header[key] = header[key] | value if isinstance(value, dict) else value
-        file.write_text(json.dumps(header))
-        weights = load_file(folder / "adapter.safetensors")
-        save_file(weights, folder / "adapter.safetensors", metadata={"adapter_config": json.dumps(header)})
+def edit(change):
+    """Damage that changes the header or the tensors of the weights file, which is what counts."""
 
-    return edit
+    def damage(folder):
+        saved = files.read(folder)
+        header, tensors = change(dict(saved.header), dict(saved.tensors))
+        save_file(tensors, folder / files.WEIGHTS_FILE, metadata={files.METADATA: json.dumps(header)})
+
+    return damage
 
 
-def edit_weights(change):
-    def edit(folder):
-        weights = load_file(folder / "adapter.safetensors")
-        change(weights)
-        save_file(weights, folder / "adapter.safetensors")
-
-    return edit
+def edit_header(**changes):
+    return edit(
+        lambda header, tensors: (
+            header | {k: header[k] | v if isinstance(v, dict) else v for k, v in changes.items()},
+            tensors,
+        )
+    )
 
 
 def truncate(folder):
-    file = folder / "adapter.safetensors"
+    file = folder / files.WEIGHTS_FILE
     file.write_bytes(file.read_bytes()[:-100])
 
 
 KEY = "adapters.encoder.layer.0.ffn.bottlenecks.0.down.weight"
 DAMAGE = {
-    "truncated": (truncate, ValueError, "adapter.safetensors is damaged"),
-    "no weights": (lambda f: (f / "adapter.safetensors").unlink(), FileNotFoundError, "has no adapter.safetensors"),
-    "no config": (lambda f: (f / "adapter_config.json").unlink(), FileNotFoundError, "has no adapter_config.json"),
-    "no JSON": (lambda f: (f / "adapter_config.json").write_text("{"), ValueError, "holds no JSON"),
-    "other JSON": (lambda f: (f / "adapter_config.json").write_text("{}"), ValueError, "is not of adapter_ops' format"),
-    "missing key": (edit_weights(lambda w: w.pop(KEY)), ValueError, f"lacks 1 of .* keys: {KEY}"),
-    "surplus key": (edit_weights(lambda w: w.update(x=torch.ones(1))), ValueError, "has unknown 1 of .* keys: x"),
-    "wrong shape": (
-        edit_weights(lambda w: w.update({KEY: torch.ones(4, 31)})),
-        ValueError,
-        rf"{KEY} has shape \(4, 31\), the model \(4, 32\)",
+    "truncated": (truncate, ValueError, "adapter_ops.safetensors has .* bytes of weights"),
+    "no weights": (
+        lambda f: (f / files.WEIGHTS_FILE).unlink(),
+        FileNotFoundError,
+        "adapter_ops.safetensors",
     ),
-    "other type": (edit_config(base={"model_type": "gpt2"}), ValueError, "saved from a base with .*gpt2.* this model"),
-    "other config": (edit_config(config={"bottleneck": -1}), ValueError, "bottleneck is -1"),
-    "unknown field": (edit_config(config={"botleneck": 1}), ValueError, "unknown fields"),
+    "missing key": (
+        edit(lambda h, t: (h, {k: v for k, v in t.items() if k != KEY})),
+        ValueError,
+        f"lacks 1 of .* tensors: {KEY}",
+    ),
+    "surplus key": (edit(lambda h, t: (h, t | {"x": torch.ones(1)})), ValueError, "do not belong to this model: x"),
+    "wrong shape": (
+        edit(lambda h, t: (h, t | {KEY: torch.ones(4, 31)})),
+        ValueError,
+        rf"{KEY} in .* has shape \(4, 31\), the model has \(4, 32\)",
+    ),
+    "wrong dtype": (edit(lambda h, t: (h, t | {KEY: torch.ones(4, 32).bool()})), ValueError, "dtype 'BOOL'"),
+    "other type": (edit_header(base={"model_type": "gpt2"}), ValueError, "saved from a base with .*gpt2.* this model"),
+    "other config": (edit_header(config={"bottleneck": -1}), ValueError, "bottleneck is -1"),
+    "unknown field": (edit_header(config={"botleneck": 1}), ValueError, "unknown fields"),
+    "deep": (edit_header(config={"depth": 10**6}), ValueError, "depth is 1000000"),
+    "huge": (edit_header(config={"bottleneck": 10**6}), ValueError, "lacks|has shape"),
+    "taken by the container": (edit_header(name="keys"), ValueError, "taken by nn.ModuleDict"),
+    "module twice": (edit_header(modules=["classifier", "classifier"]), None, ""),
+    "ours as a head": (edit_header(modules=["adapter_ops"]), ValueError, r"no modules \['adapter_ops'\]"),
+    "part of a head": (edit_header(modules=["bert"]), ValueError, "lacks|do not belong|has its own"),
 }
 
 
 @pytest.mark.parametrize("damage, error, message", DAMAGE.values(), ids=DAMAGE)
 def test_a_bad_folder_changes_nothing(saved, damage, error, message):
     model, _, folder = saved
-    for twin in (fresh(model), fresh(model)):
-        add_adapter(twin, "mine", STRONG)
-        state = {k: t.clone() for k, t in twin.state_dict().items()}
-        trainable = [p.requires_grad for p in twin.parameters()]
-        expected = logits(twin)
-        if error is not None and (folder / "adapter_config.json").exists():
-            damage_once, damage = damage, lambda f: None
-            damage_once(folder)
-        with pytest.raises(error, match=message):
-            load_adapter(twin, folder)
-        found = twin.state_dict()
-        assert list(found) == list(state) and all(torch.equal(found[k], t) for k, t in state.items())
-        assert [p.requires_grad for p in twin.parameters()] == trainable and torch.equal(logits(twin), expected)
+    damage(folder)
+    twin = fresh(model)
+    add_adapter(twin, "mine", STRONG)
+    state = {k: t.clone() for k, t in twin.state_dict().items()}
+    trainable = [p.requires_grad for p in twin.parameters()]
+    expected = logits(twin)
+    if error is None:
+        load_adapter(twin, folder)
+        return
+    with pytest.raises(error, match=message):
+        load_adapter(twin, folder)
+    found = twin.state_dict()
+    assert list(found) == list(state) and all(torch.equal(found[k], t) for k, t in state.items())
+    assert [p.requires_grad for p in twin.parameters()] == trainable and torch.equal(logits(twin), expected)
+    bare = fresh(model)
+    with pytest.raises(error, match=message):
+        load_adapter(bare, folder)
+    assert not hasattr(bare, "adapter_ops") and "forward" not in vars(bare)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in bare.modules())
 
 
 @pytest.mark.parametrize("changes", [{"hidden_size": 16}, {"num_hidden_layers": 2}], ids=str)

@@ -51,9 +51,11 @@ def test_houlsby_trains_adapters_layer_norms_and_head_and_nothing_else():
     model(TOKENS).logits.square().sum().backward()
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained == {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-    kinds = ("adapter_ops.slots", "classifier", "LayerNorm")
-    assert all(any(k in n for k in kinds) for n in trained)
-    assert sum("LayerNorm" in n for n in trained) == 2 * (1 + 2 * 3) and sum("slots" in n for n in trained) == 4 * 6
+    kinds = (".adapters.", ".copies.classifier.", "LayerNorm.")
+    assert all(n.startswith("adapter_ops.tasks.t.") and any(k in n for k in kinds) for n in trained)
+    assert (
+        sum("LayerNorm" in n for n in trained) == 2 * (1 + 2 * 3) and sum(".adapters." in n for n in trained) == 4 * 6
+    )
     assert not any("pooler" in n for n in trained)
 
 
@@ -65,7 +67,7 @@ def test_adapters_stand_where_the_paper_puts_them():
     out = model.encoder.layer[1].output
     out.register_forward_hook(lambda m, args, y: seen.update(h=args[0], r=args[1], y=y))
     logits(model)
-    adapter = model.adapter_ops.slots["encoder/layer/1/ffn"].adapters["t"]
+    adapter = model.adapter_ops.task("t").layer_at["encoder.layer.1.ffn"]
     h = out.dense(seen["h"])
     expected = out.LayerNorm.forward(adapter(h, h) + seen["r"])
     torch.testing.assert_close(seen["y"], expected)
@@ -157,7 +159,7 @@ def test_every_field_works_and_matters(fields):
                 module.p = 0.0
         y = model(TOKENS).logits
         y.square().sum().backward()
-        adapters = model.adapter_ops.slots.parameters()
+        adapters = model.adapter_ops.task("t").adapters.parameters()
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in adapters)
         return y
 
@@ -306,7 +308,7 @@ def test_summary_counts_the_active_tasks_own_head():
     "arguments, message",
     [
         (("t",), "already has an adapter 't'"),
-        (("a.b",), "may hold letters"),
+        (("a/b",), "may hold letters"),
         (("",), "may hold letters"),
         (("u", "hulsby"), "unknown preset 'hulsby'; known: houlsby, pfeiffer"),
     ],

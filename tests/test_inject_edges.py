@@ -13,8 +13,9 @@ from adapter_ops import (
     AdapterConfig,
     adapter_summary,
     add_adapter,
-    checkpoint,
     delete_adapter,
+    files,
+    list_adapters,
     load_adapter,
     save_adapter,
     set_active_adapter,
@@ -79,14 +80,33 @@ def test_a_heads_buffers_belong_to_the_task(tmp_path):
     assert torch.equal(logits(fresh), outputs["b"])
 
 
-def test_a_head_of_another_size_is_refused_and_not_broadcast(tmp_path):
-    one = bert(num_labels=1)
-    add_adapter(one, "one", STRONG)
-    save_adapter(one, tmp_path, "one")
+def test_a_head_of_another_size_comes_with_its_labels(tmp_path):
+    one = bert(num_labels=3)
+    one.config.id2label = {0: "no", 1: "maybe", 2: "yes"}
+    add_adapter(one, "three", STRONG)
+    step(one)
+    expected = logits(one)
+    save_adapter(one, tmp_path, "three")
     model = bert()
+    model.bert.load_state_dict(one.bert.state_dict())
     add_adapter(model, "five", STRONG)
-    model.classifier = nn.Linear(32, 1)  # the task's; the base's has 5 rows
-    with pytest.raises(ValueError, match=r"shape \(1, 32\), the model \(5, 32\)"):
+    five = logits(model)
+    load_adapter(model, tmp_path)
+    assert torch.equal(logits(model), expected)
+    labels = list_adapters(model)["three"].labels
+    assert labels.num_labels == 3 and labels.id2label == {0: "no", 1: "maybe", 2: "yes"}
+    assert model.config.num_labels == 5 and model.classifier.out_features == 5
+    set_active_adapter(model, "five")
+    assert torch.equal(logits(model), five) and list_adapters(model)["five"].labels.num_labels == 5
+
+
+def test_a_head_of_another_size_without_labels_is_refused_and_not_broadcast(tmp_path):
+    one = bert(num_labels=1)
+    one.classifier = nn.Linear(32, 2)  # which the config knows nothing of
+    add_adapter(one, "two", STRONG)
+    save_adapter(one, tmp_path, "two")
+    model = bert()
+    with pytest.raises(ValueError, match=r"shape \(2, 32\), the model has \(5, 32\)"):
         load_adapter(model, tmp_path)
 
 
@@ -141,11 +161,11 @@ def test_a_save_cut_between_its_two_files_is_whole(tmp_path, monkeypatch):
     expected, real = logits(model), os.replace
 
     def replace(a, b):
-        if b.name == "adapter_config.json":
+        if b.name == "adapter_ops.json":
             raise OSError("power")
         real(a, b)
 
-    monkeypatch.setattr(checkpoint.os, "replace", replace)
+    monkeypatch.setattr(files.os, "replace", replace)
     with pytest.raises(OSError, match="power"):
         save_adapter(model, tmp_path, "t")
     twin = bert()
@@ -185,11 +205,31 @@ def test_a_head_that_is_gone_changes_nothing():
     model = bert()
     add_adapter(model, "t", STRONG)
     step(model)
-    model.classifier = nn.Sequential(model.classifier)
+    set_active_adapter(model, None)
+    head = model.classifier
+    del model.classifier
+    model.classifier = lambda x: x
+    before = logits(model)
+    with pytest.raises(ValueError, match=r"no module 'classifier' any more, of which the task 't' has its own"):
+        set_active_adapter(model, "t")
+    assert torch.equal(logits(model), before)
+    del model.classifier
+    model.classifier = head
+    set_active_adapter(model, "t")
+
+
+def test_a_head_that_is_replaced_does_not_run_unnoticed():
+    model = bert()
+    add_adapter(model, "t", STRONG)
+    step(model)
     expected = logits(model)
-    with pytest.raises(ValueError, match=r"no classifier\.weight any more"):
-        set_active_adapter(model, None)
+    model.classifier = nn.Linear(32, 3)
+    with pytest.raises(RuntimeError, match=r"'classifier' was replaced after the task 't' got its own"):
+        logits(model)
+    set_active_adapter(model, "t")
     assert torch.equal(logits(model), expected)
+    set_active_adapter(model, None)
+    assert logits(model).shape == (2, 3)
 
 
 def two():
@@ -205,7 +245,7 @@ def test_insert_keeps_the_active_task():
     model, outputs = two()
     insert(model, "c", STRONG)
     assert torch.equal(logits(model), outputs["b"])
-    assert not any(p.requires_grad for n, p in model.named_parameters() if ".adapters.c." in n)
+    assert not any(p.requires_grad for n, p in model.named_parameters() if ".tasks.c." in n)
 
 
 def test_saving_keeps_the_active_task(tmp_path):
@@ -221,10 +261,10 @@ def test_a_load_that_fails_late_changes_nothing(tmp_path, monkeypatch):
     save_adapter(model, tmp_path, "a")
     keys = list(model.state_dict())
 
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(AdapterLayer, "load_state_dict", fail)
+    monkeypatch.setattr(AdapterLayer, "to_empty", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         load_adapter(model, tmp_path, "c")
     assert torch.equal(logits(model), outputs["b"]) and list(model.state_dict()) == keys
@@ -276,13 +316,13 @@ def test_training_one_task_freezes_the_other():
     model, _ = two()
     train_adapter(model, "a")
     a = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert not any(".adapters.b." in n or ".own." in n for n in a) and any(".adapters.a." in n for n in a)
+    assert a == {f"adapter_ops.tasks.a.{n}" for n, _ in model.adapter_ops.task("a").named_parameters()}
 
 
 def test_a_task_added_in_training_trains():
     model = bert().train()
     add_adapter(model, "t", STRONG)
-    assert all(m.training for m in model.adapter_ops.slots.modules() if isinstance(m, AdapterLayer))
+    assert all(m.training for m in model.adapter_ops.modules() if isinstance(m, AdapterLayer))
 
 
 def test_another_family_of_the_same_sizes(tmp_path):
@@ -300,5 +340,5 @@ def test_another_family_of_the_same_sizes(tmp_path):
 def test_deleting_one_of_two_leaves_nothing_of_it():
     model, outputs = two()
     delete_adapter(model, "a")
-    assert not any(".own.a." in k or ".adapters.a." in k for k in model.state_dict())
+    assert not any(".tasks.a." in k for k in model.state_dict())
     assert torch.equal(logits(model), outputs["b"])

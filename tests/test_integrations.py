@@ -164,8 +164,10 @@ def test_gradients_reach_what_trains(family):
     own = {n for n, _ in model.named_parameters() if n.startswith(tuple(heads)) or re.search("norm|ln_", n.lower())}
     add_adapter(model, "t", AdapterConfig(bottleneck=4, init_std=0.2))
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
-    adapters = {n for n, _ in model.named_parameters() if n.startswith("adapter_ops.slots.")}
-    assert trainable == own | adapters and len(adapters) == 4 * len(find_sites(model))
+    task = model.adapter_ops.task("t")
+    assert trainable == {f"adapter_ops.tasks.t.{n}" for n, _ in task.named_parameters()}
+    assert own == {f"{path}.{n}" for path, module in task.copy_at.items() for n, _ in module.named_parameters()}
+    assert len(list(task.adapters.parameters())) == 4 * len(find_sites(model))
     sum(t.square().sum() for t in forward(model, inputs)).backward()
     assert {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()} == trainable
 
@@ -176,10 +178,10 @@ def test_every_adapter_counts(family):
     with torch.no_grad():
         base = forward(model, inputs)
         add_adapter(model, "t", AdapterConfig(bottleneck=4, init="mam"))
-        for slot in model.adapter_ops.slots.values():
-            weight = slot.adapters["t"].bottlenecks[0].up.weight
+        for site, layer in model.adapter_ops.task("t").layer_at.items():
+            weight = layer.bottlenecks[0].up.weight
             weight.normal_()
-            assert not same(forward(model, inputs), base), slot.site.name
+            assert not same(forward(model, inputs), base), site
             weight.zero_()
 
 
@@ -190,13 +192,12 @@ def test_presets_run(family, preset):
     base = [t.detach() for t in forward(model, inputs)]
     add_adapter(model, "t", preset)
     with torch.no_grad():
-        for slot in model.adapter_ops.slots.values():
-            for layer in slot.adapters.values():
-                layer.bottlenecks[0].up.weight.normal_()
+        for layer in model.adapter_ops.task("t").layer_at.values():
+            layer.bottlenecks[0].up.weight.normal_()
     output = forward(model, inputs)
     assert all(t.isfinite().all() for t in output) and not same(output, base)
     sum(t.square().sum() for t in output).backward()
-    assert all(p.grad is not None for n, p in model.named_parameters() if n.startswith("adapter_ops.slots"))
+    assert all(p.grad is not None for n, p in model.named_parameters() if ".adapters." in n)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +247,7 @@ def test_patterns():
     assert len(sites) == 6
     wrapped = nn.ModuleDict({"image": plain(), "text": plain()})
     assert [s.hidden_size for s in find_sites(wrapped, {"ffn": "blocks.*.mlp"})] == [8, 8, 12] * 2
-    assert find_norms(plain())[:2] == ["blocks.0.norm1", "blocks.0.norm2"] and find_heads(plain()) == []
+    assert find_norms(plain())[:2] == ["blocks.0.norm1", "blocks.0.norm2"] and find_heads(plain(), sites) == []
 
 
 def test_patterns_mean_the_same_as_a_family():
@@ -293,9 +294,8 @@ def test_adapters_in_any_module(norm_first, config):
     base = model(x)
     add_adapter(model, "t", config, places=places)
     with torch.no_grad():
-        for slot in model.adapter_ops.slots.values():
-            for adapter in slot.adapters.values():
-                adapter.bottlenecks[0].up.weight.normal_()
+        for layer in model.adapter_ops.task("t").layer_at.values():
+            layer.bottlenecks[0].up.weight.normal_()
     assert not torch.equal(model(x), base)
     add_adapter(model, "u", config, places=places)
     with pytest.raises(ValueError, match="elsewhere"):
@@ -318,7 +318,9 @@ def test_shared_parameters_of_a_head_stay_shared():
     model.classifier = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
     model.classifier[1].weight = model.classifier[0].weight
     add_adapter(model, "t")
-    assert model.classifier[1].weight is model.classifier[0].weight and model.classifier[1].weight.requires_grad
+    copy = model.adapter_ops.task("t").copy_at["classifier"]
+    assert copy[1].weight is copy[0].weight and copy[1].weight.requires_grad
+    assert copy[0].weight is not model.classifier[0].weight
 
 
 @each_family

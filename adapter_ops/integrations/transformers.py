@@ -6,7 +6,7 @@ normalise that sum, pre-norm families normalise r on its way in. Any other model
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -96,9 +96,6 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "clip_vision_model": (_CLIP,),
 }
 
-# What heads are called in the classes that have no child for their base model (of T5, Whisper and CLIP)
-_HEADS = ("classifier", "lm_head", "projector", "qa_outputs")
-
 
 class Site(NamedTuple):
     """One place in one layer of one model: full module paths, and the size of what passes there."""
@@ -132,34 +129,84 @@ def find_sites(model: nn.Module, places: Mapping[str, str | Place] | None = None
         for name in set(patterns) - {site.place for site in sites}:
             raise _unmatched(model, patterns[name].output)
         return sites
-    family = getattr(getattr(model, "config", None), "model_type", None)
-    if family not in FAMILIES:
+    found = find_models(model)
+    if not found:
+        family = getattr(getattr(model, "config", None), "model_type", None)
         raise ValueError(
             f"no places known for model type {family!r}; known: {', '.join(FAMILIES)}; "
             "for any other model give places=, patterns of module names"
         )
     sites = []
-    for stack in FAMILIES[family]:
-        both = {"attention": stack.attention, "ffn": stack.ffn}
-        patterns = {n: Place._make(p and f"{stack.layers}.*.{p}" for p in place) for n, place in both.items()}
-        sites += _match(model, patterns)
+    for path, inner in found.items():
+        start = f"{path}." if path else ""
+        for stack in FAMILIES[_family(inner)]:
+            both = {"attention": stack.attention, "ffn": stack.ffn}
+            patterns = {n: Place._make(p and f"{stack.layers}.*.{p}" for p in place) for n, place in both.items()}
+            sites += _match(model, patterns, start)
     if not sites:
-        raise _unmatched(model, FAMILIES[family][0].layers + ".*")
+        inner = next(iter(found.values()))
+        raise _unmatched(inner, FAMILIES[_family(inner)][0].layers + ".*")
     return sites
 
 
-def _match(model: nn.Module, places: Mapping[str, Place]) -> list[Site]:
-    """The sites at the modules that patterns match."""
+def _family(module: nn.Module) -> str:
+    """The model type of a module's config if FAMILIES has it, else an empty string."""
+    family = getattr(getattr(module, "config", None), "model_type", None)
+    return family if isinstance(family, str) and family in FAMILIES else ""
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What `named_modules` gives, without what this library has added: it would be most of it with many tasks."""
+    seen: set[int] = set()
+    waiting = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield path, module
+            start = f"{path}." if path else ""
+            children = [(start + n, child) for n, child in module.named_children() if n != "adapter_ops"]
+            waiting += reversed(children)
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """What `named_parameters` gives, without what this library has added."""
+    seen: set[int] = set()
+    for path, module in base_modules(model):
+        for name, parameter in module.named_parameters(path, recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield name, parameter
+
+
+def find_models(model: nn.Module) -> dict[str, nn.Module]:
+    """The outermost models of a known family, by path: the model itself, or those that it wraps."""
+    found: dict[str, nn.Module] = {}
+    waiting = [("", model)]
+    while waiting:
+        path, module = waiting.pop(0)
+        if _family(module):
+            found[path] = module
+        else:
+            start = f"{path}." if path else ""
+            waiting += [(start + n, child) for n, child in module.named_children() if n != "adapter_ops"]
+    return found
+
+
+def _match(model: nn.Module, places: Mapping[str, Place], start: str = "") -> list[Site]:
+    """The sites at the modules that patterns match, of those whose path begins with `start`."""
     for pattern in (p for place in places.values() for p in place if p is not None):
         if pattern.count("*") != 1:
             raise ValueError(f"pattern {pattern!r} must hold one '*', for the number of the layer")
-    paths = dict(model.named_modules())
+    paths = dict(base_modules(model))
     sites = []
     for path in paths:
+        if not path.startswith(start):
+            continue
         for name, place in places.items():
             before, after = map(re.escape, place.output.split("*"))
             if match := re.fullmatch(rf"((?:.*\.)?)({before})(\d+){after}", path):
-                prefix, start, layer = match.groups()
+                prefix, stack, layer = match.groups()
                 there = Place._make(p and prefix + p.replace("*", layer) for p in place)
                 if missing := [p for p in there if p and p not in paths]:
                     raise _unmatched(model, missing[0])
@@ -168,7 +215,7 @@ def _match(model: nn.Module, places: Mapping[str, Place]) -> list[Site]:
                         f"{there.output!r} is never called: nn.MultiheadAttention reads its weights itself"
                     )
                 size = _hidden_size(model, there)
-                sites.append(Site(f"{prefix}{start}{layer}.{name}", int(layer), name, *there, size))
+                sites.append(Site(f"{prefix}{stack}{layer}.{name}", int(layer), name, *there, size))
     return sites
 
 
@@ -197,26 +244,88 @@ def _hidden_size(model: nn.Module, place: Place) -> int:
 
 def find_norms(model: nn.Module) -> list[str]:
     """Paths of the base's normalisations: LayerNorm and RMSNorm, by class name where a family has its own."""
-    kinds = ("LayerNorm", "RMSNorm")
-    return [n for n, m in model.named_modules() if isinstance(m, nn.LayerNorm) or type(m).__name__.endswith(kinds)]
+    return [path for path, module in base_modules(model) if _is_norm(module)]
 
 
-def find_heads(model: nn.Module) -> list[str]:
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.LayerNorm) or type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
+
+
+def find_bodies(model: nn.Module, sites: list[Site]) -> list[str]:
+    """Paths of the modules that are the base: what stands outside them is on top of it.
+
+    In a model of a known family this is the child that transformers calls the base model; where a class with a head has
+    none (of T5, Whisper and CLIP), and in a model of no known family, it is every child up to the last one with sites.
+    """
+    found = find_models(model)
+    if not found:
+        return _bodies_by_order(model, "", sites, deep=True)
+    bodies = []
+    for path, inner in found.items():
+        start = f"{path}." if path else ""
+        prefix = getattr(inner, "base_model_prefix", "")
+        if prefix and prefix in dict(inner.named_children()):
+            bodies.append(start + prefix)
+        elif re.search(r"For[A-Z]|LMHead|DoubleHeads|With[A-Z]", type(inner).__name__):
+            bodies += _bodies_by_order(inner, start, sites, deep=False)
+        else:
+            bodies.append(path)
+    return bodies
+
+
+def _bodies_by_order(module: nn.Module, start: str, sites: list[Site], *, deep: bool) -> list[str]:
+    """The module's children in the order of their registration, up to the last one that holds sites.
+
+    If `deep`, of that one only a part, in the same way, down to the list of layers.
+    """
+    names = [name for name, _ in module.named_children()]
+    holders = [n for n in names if any(site.name.startswith(f"{start}{n}.") for site in sites)]
+    if not holders:
+        return [start.removesuffix(".")]
+    last = start + holders[-1]
+    bodies = [start + n for n in names[: names.index(holders[-1])]]
+    is_layer = any(site.name.rpartition(".")[0] == last for site in sites)
+    if not deep or is_layer or any(re.match(rf"{re.escape(last)}\.\d+\.", site.name) for site in sites):
+        return [*bodies, last]
+    return bodies + _bodies_by_order(module.get_submodule(holders[-1]), f"{last}.", sites, deep=True)
+
+
+def find_heads(model: nn.Module, sites: list[Site] | None = None) -> list[str]:
     """Paths of the modules on top of the base, such as a classifier; none where the model is the bare base.
 
     A module that shares a parameter with the base, such as an lm_head tied to the embeddings, is no head: it could not
-    be a task's without the base being so. Of a head with such a module inside, the other children are given.
+    be a task's without the base being so. Of a head with such a module inside, and of a list of heads, which is never
+    called itself, the children are given. In a model of no known family a module that has layers of its own, such as
+    a decoder, is no head, and neither is a normalisation.
     """
-    children = dict(model.named_children())
-    base = getattr(model, "base_model_prefix", "")
-    heads = [n for n in children if (n != base if base in children else n in _HEADS)]
-    shared = {id(p) for n, child in children.items() if n not in heads for p in child.parameters()}
-    return [path for n in heads for path in _without(shared, n, children[n])]
+    bodies = find_bodies(model, find_sites(model) if sites is None else sites)
+    shared = {id(p) for body in bodies for _, p in base_parameters(model.get_submodule(body))}
+    known = bool(find_models(model))
+    return [path for path in _outside(model, "", bodies, shared) if known or _may_be_head(model.get_submodule(path))]
 
 
-def _without(shared: set[int], path: str, module: nn.Module) -> list[str]:
-    """Paths, from this one down, of the largest modules with parameters none of which is shared."""
-    parameters = {id(p) for p in module.parameters()}
-    if not parameters & shared:
+def _may_be_head(module: nn.Module) -> bool:
+    return not _is_norm(module) and not any(isinstance(m, nn.ModuleList) for m in module.modules())
+
+
+def _outside(module: nn.Module, path: str, bodies: list[str], shared: set[int]) -> list[str]:
+    """Paths, from this one down, of the largest callable modules outside the base that share no parameter with it."""
+    if path in bodies or path.rpartition(".")[2] == "adapter_ops":
+        return []
+    parameters = {id(p) for _, p in base_parameters(module)}
+    start = f"{path}." if path else ""
+    callable_itself = type(module).forward is not nn.Module.forward
+    if path and callable_itself and not parameters & shared and not any(b.startswith(start) for b in bodies):
         return [path] if parameters else []
-    return [p for n, child in module.named_children() for p in _without(shared, f"{path}.{n}", child)]
+    return [p for n, child in module.named_children() for p in _outside(child, start + n, bodies, shared)]
+
+
+def find_frozen(model: nn.Module, sites: list[Site], heads: Iterable[str]) -> list[str]:
+    """Names of parameters outside the base that are neither in a head nor in a normalisation nor shared with the base:
+    they stay frozen."""
+    bodies = find_bodies(model, sites)
+    base = {id(p) for body in bodies for _, p in base_parameters(model.get_submodule(body))}
+    inside = tuple(f"{path}." for path in (*heads, *find_norms(model)))
+    return [
+        name for name, parameter in base_parameters(model) if id(parameter) not in base and not name.startswith(inside)
+    ]

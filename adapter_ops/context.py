@@ -1,0 +1,123 @@
+"""Which task a call runs: the model's default, or what the current thread or async task has chosen instead.
+
+A choice lives in a `contextvars.ContextVar`, so threads and async tasks do not see each other's. torch.compile does not
+trace `ContextVar.get`, but it reads a property whose getter is a builtin function without tracing it, and its guards
+read that property again in the thread that calls. Hence `Scope.current`.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+_SCOPE: ContextVar["Scope"] = ContextVar("adapter_ops")
+_keys = itertools.count()
+_NO_LAYERS: frozenset[int] = frozenset()
+
+
+class Choice:
+    """What one `with` block, or one call of the model, says of which task runs."""
+
+    def __init__(
+        self, outer: "Choice | None", decides: bool, task: Any, skipped: frozenset[int], follows: bool
+    ) -> None:
+        self.outer = outer
+        self.live = True  # False after the block, which a generator may leave in another context than it entered
+        self.decides = decides  # whether `task` counts; a block of `skip_layers` leaves the task as it is
+        self.task = task
+        self.skipped = skipped
+        self.follows = follows  # holds the default for the time of a call, and follows a change made within that call
+
+
+class Scope:
+    """The innermost choice for each model, by `Selection.key`."""
+
+    # _SCOPE.get(self): the scope of the context, or `self` where the context has none.
+    current: Any = property(_SCOPE.get)
+
+    def __init__(self, choices: dict[int, Choice]) -> None:
+        self.choices = choices
+
+
+_NOTHING = Scope({})
+
+
+class Selection:
+    """Which task of one model runs. A copy of the model makes choices of its own."""
+
+    def __init__(self) -> None:
+        self.key = next(_keys)
+        self.default: Any = None  # a Task, or None for the bare base
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"default": self.default}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.key = next(_keys)
+        self.default = state["default"]
+
+    def task(self) -> Any:
+        """The task that a call made here and now runs, or None."""
+        choice = _NOTHING.current.choices.get(self.key)
+        while choice is not None:
+            if choice.live and choice.decides:
+                return choice.task
+            choice = choice.outer
+        return self.default
+
+    def skipped(self) -> frozenset[int]:
+        """Numbers of the layers whose adapters are left out."""
+        choice = _NOTHING.current.choices.get(self.key)
+        layers = _NO_LAYERS
+        while choice is not None:
+            if choice.live:
+                layers = layers | choice.skipped
+            choice = choice.outer
+        return layers
+
+    def set_default(self, task: Any) -> None:
+        """Changes the default. A call in progress goes on as it is, unless it is the one that makes the change."""
+        self.default = task
+        choice = _NOTHING.current.choices.get(self.key)
+        while choice is not None:
+            if choice.live and choice.follows:
+                choice.task = task
+            elif choice.live and choice.decides:
+                return
+            choice = choice.outer
+
+    def enter(self, decides: bool, task: Any, skipped: frozenset[int] = _NO_LAYERS, follows: bool = False) -> Choice:
+        """Makes a choice for the current context; `leave` takes it back."""
+        choices = _NOTHING.current.choices
+        choice = Choice(choices.get(self.key), decides, task, skipped, follows)
+        _SCOPE.set(Scope({**choices, self.key: choice}))
+        return choice
+
+    def hold(self) -> Choice:
+        """Keeps for the current context the task that is active now, whatever others do to the default."""
+        choice = _NOTHING.current.choices.get(self.key)
+        while choice is not None and not (choice.live and choice.decides):
+            choice = choice.outer
+        if choice is None:
+            return self.enter(True, self.default, follows=True)
+        return self.enter(True, choice.task, follows=choice.follows)
+
+    def leave(self, choice: Choice) -> None:
+        choice.live = False
+        choices = _NOTHING.current.choices
+        innermost = choices.get(self.key)
+        if innermost is None or innermost.live:
+            return  # another context's choice, or one that a block inside has yet to leave
+        while innermost is not None and not innermost.live:
+            innermost = innermost.outer
+        rest = {key: other for key, other in choices.items() if key != self.key}
+        _SCOPE.set(Scope(rest if innermost is None else {**rest, self.key: innermost}))
+
+    @contextlib.contextmanager
+    def choose(self, decides: bool, task: Any, skipped: frozenset[int] = _NO_LAYERS) -> Iterator[None]:
+        choice = self.enter(decides, task, skipped)
+        try:
+            yield
+        finally:
+            self.leave(choice)

@@ -1,0 +1,166 @@
+"""A task's own parameters: its adapters, and its copies of LayerNorms and heads of the base."""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .config import AdapterConfig
+from .functional import DTYPES
+from .hooks import Bound, Slot
+from .integrations.transformers import Site
+from .layers import AdapterLayer
+from .sharding import unshard_copies
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def key_of(path: str) -> str:
+    """A path or a task's name as the name of one module. It is part of a state dict's keys, and of file names where
+    weights are offloaded to a disk."""
+    return path.replace(".", "+")
+
+
+class Labels(NamedTuple):
+    """What the classes of a task's head mean, as in a transformers config."""
+
+    num_labels: int
+    id2label: dict[int, str] | None
+    problem_type: str | None
+
+
+class Task(nn.Module):
+    """One task: everything that trains with it, and how it was added.
+
+    `layer_at` and `copy_at` hold the same modules as its children, by name of the site and by path in the base.
+    """
+
+    def __init__(
+        self,
+        config: AdapterConfig,
+        heads: tuple[str, ...],
+        norms: tuple[str, ...],
+        layers: dict[str, AdapterLayer],
+        copies: dict[str, nn.Module],
+        labels: Labels | None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.heads = heads  # paths of the modules, such as a classifier, that the task has its own of
+        self.norms = norms  # paths of the base's normalisations that it has copies of
+        self.labels = labels
+        self.layer_at = layers
+        self.copy_at = copies
+        self.reads_input = any(layer.reads_input for layer in layers.values())
+        self.adapters = nn.ModuleDict({key_of(name): layer for name, layer in layers.items()})
+        self.copies = nn.ModuleDict({key_of(path): module for path, module in copies.items()})
+
+    def replace_copy(self, path: str, module: nn.Module) -> None:
+        self.copy_at[path] = module
+        self.copies[key_of(path)] = module
+
+
+def copy_modules(model: nn.Module, paths: Iterable[str], ours: Iterable[Any]) -> dict[str, nn.Module]:
+    """Copies of the base's modules at these paths, which run in their place. What they share stays shared.
+
+    `ours` are the objects that this library has put on the base; the copies do without them, and without the hooks on
+    the module itself, which run around the copy.
+
+    Raises:
+        ValueError: a module that cannot be copied, or whose parameters cannot be trained; before anything changed.
+    """
+    memo: dict[int, Any] = {id(thing): thing for thing in ours}
+    copies: dict[str, nn.Module] = {}
+    for path in paths:
+        module = model.get_submodule(path)
+        _check_trainable(model, path, module)
+        try:
+            copied = copy.deepcopy(module, memo)
+        except Exception as error:  # whatever a module's own __deepcopy__ raises
+            raise ValueError(
+                f"the module {path!r} cannot be copied for a task: {type(error).__name__}: {error}. Leave it out with "
+                "modules=, or give it parameters that can be copied"
+            ) from error
+        for name in _HOOKS:
+            setattr(copied, name, OrderedDict())
+        for name in ("_old_forward", "_hf_hook"):  # accelerate's, which stand around the base's module
+            if copied.__dict__.pop(name, None) is not None:
+                copied.__dict__.pop("forward", None)
+        for part in copied.modules():
+            if isinstance(part.__dict__.get("forward"), Bound):
+                del part.forward
+            for name in _HOOKS[:2]:
+                hooks = getattr(part, name)
+                for number in [n for n, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Slot)]:
+                    del hooks[number]
+        unshard_copies(copied)
+        copied.requires_grad_(False)
+        copies[path] = copied
+    return copies
+
+
+def _check_trainable(model: nn.Module, path: str, module: nn.Module) -> None:
+    for name, parameter in module.named_parameters(path):
+        if parameter.dtype not in DTYPES:
+            raise ValueError(
+                f"{name!r} has dtype {parameter.dtype}, which cannot be trained, so {path!r} cannot be a task's own: "
+                "leave the module unquantised, or leave it out with modules="
+            )
+        if parameter.is_meta and not _all_meta(model):
+            raise ValueError(
+                f"{name!r} is on the meta device (offloaded, perhaps), so a task cannot have its own copy of {path!r}: "
+                "load it first, or leave it out with modules="
+            )
+
+
+def _all_meta(model: nn.Module) -> bool:
+    return all(parameter.is_meta for parameter in model.parameters())
+
+
+def beside(model: nn.Module, site: Site) -> tuple[torch.device, torch.dtype]:
+    """The device and dtype for an adapter at a site: those of the nearest parameter that is real and can be trained.
+
+    Raises ValueError where the site's layer is offloaded and nothing says where it runs.
+    """
+    layer = site.name.rpartition(".")[0]
+    path = site.output
+    while True:
+        module = model.get_submodule(path)
+        parameters = [p for p in module.parameters() if p.dtype in DTYPES]
+        for parameter in parameters:
+            if not parameter.is_meta:
+                return parameter.device, parameter.dtype
+        # accelerate's hook says where an offloaded module is brought to run.
+        where = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if parameters and where is not None:
+            return torch.device("cuda", where) if isinstance(where, int) else torch.device(where), parameters[0].dtype
+        if path == layer and parameters and not _all_meta(model):
+            raise ValueError(
+                f"the layer {layer!r} is on the meta device (offloaded, perhaps), and no hook of accelerate's says "
+                f"where it runs, so the adapter at {site.name!r} has no device: load the layer first"
+            )
+        if not path:
+            return (parameters[0].device, parameters[0].dtype) if parameters else (torch.device("cpu"), torch.float32)
+        path = path.rpartition(".")[0]
+
+
+def output_of(head: nn.Module) -> nn.Linear | None:
+    """The last nn.Linear of a head, whose outputs are the classes."""
+    return next((module for module in reversed(list(head.modules())) if isinstance(module, nn.Linear)), None)
+
+
+def resize(head: nn.Module, outputs: int) -> nn.Module:
+    """A head with another number of outputs; its last nn.Linear is made anew, uninitialised."""
+    old = output_of(head)
+    assert old is not None
+    new = nn.Linear(
+        old.in_features, outputs, old.bias is not None, device=old.weight.device, dtype=old.weight.dtype
+    ).requires_grad_(False)
+    for module in head.modules():
+        for name, child in module._modules.items():
+            if child is old:
+                module._modules[name] = new
+    return new if head is old else head
