@@ -363,7 +363,7 @@ def _dense(name: str, t: Tensor, path: Path) -> Tensor:
     _check_dtype(name, _DTYPES.get(t.dtype, str(t.dtype)), path)
     if t.layout is not torch.strided:
         raise ValueError(f"{name} for {path} has layout {t.layout}, expected torch.strided")
-    copy = t.detach().resolve_neg().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    copy = t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     if type(copy) is not Tensor:
         raise ValueError(f"{name} for {path} is a {type(copy).__name__}, expected a plain tensor that holds all values")
     return copy

@@ -445,6 +445,28 @@ def test_damaged_files_raise_value_error_and_take_neither_memory_nor_time(tmp_pa
     assert {what for what, outcome in outcomes if outcome == "read"} <= {"bits flipped"}  # in a name or a field's text
 
 
+@pytest.mark.parametrize(
+    "first, second, weights, words",
+    [
+        ([0, 8], [4, 12], 12, "'b' in .* begins at byte 4, expected 8"),
+        ([0, 8], [0, 8], 8, "'b' in .* begins at byte 0, expected 8"),
+        ([0, 8], [12, 20], 20, "'b' in .* begins at byte 12, expected 8"),
+        ([4, 12], [12, 20], 20, "'a' in .* begins at byte 4, expected 0"),
+        ([0, 8], [8, 16], 15, "has 15 bytes of weights, but its tensors take 16"),
+        ([0, 8], [8, 16], 17, "has 17 bytes of weights, but its tensors take 16"),
+        ([0, 8], [8, 12], 12, r"shape \(2,\) and dtype F32, which do not fit offsets \[8, 12\]"),
+    ],
+)
+def test_tensors_lie_one_behind_the_other_and_fill_the_file(tmp_path, first, second, weights, words):
+    entries = {
+        name: {"dtype": "F32", "shape": [2], "data_offsets": offsets} for name, offsets in (("a", first), ("b", second))
+    }
+    start = header_bytes({**entries, "__metadata__": {"adapter_ops": json.dumps(HEADER)}})
+    (tmp_path / WEIGHTS_FILE).write_bytes(start + bytes(weights))
+    with pytest.raises(ValueError, match=words):
+        read(tmp_path)
+
+
 @pytest.mark.parametrize("length", [16 * 2**20 + 1, 10**8])
 def test_a_header_over_the_limit_is_not_parsed(tmp_path, length):
     with open(tmp_path / WEIGHTS_FILE, "wb") as file:
