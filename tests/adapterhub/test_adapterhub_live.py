@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from test_adapterhub import (
+from hub_helpers import (
     CONFIGS,
     IDS,
     assert_same,
@@ -13,15 +13,11 @@ from test_adapterhub import (
     hub_model,
     hub_run,
     needs_hub,
-    no_small_calls,
     randomise,
 )
 from torch import nn
 
-from adapter_ops.integrations import adapterhub_live
-from adapter_ops.integrations.adapterhub import accelerate
-
-__all__ = ["no_small_calls"]  # a fixture of every test
+from adapter_ops.integrations.adapterhub import accelerate, live
 
 
 def assert_accelerated(model):
@@ -43,8 +39,8 @@ def test_accelerate_single(key, monkeypatch):
     assert accelerate(model) == report
     assert_same(dict(model.state_dict()), before, 0)
     calls = []
-    fused = adapterhub_live.bottleneck_adapter
-    monkeypatch.setattr(adapterhub_live, "bottleneck_adapter", lambda *a, **k: calls.append(1) or fused(*a, **k))
+    fused = live.bottleneck_adapter
+    monkeypatch.setattr(live, "bottleneck_adapter", lambda *a, **k: calls.append(1) or fused(*a, **k))
     model(IDS)
     assert len(calls) == sum(swap.swapped for swap in report)
 

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..functional import bottleneck_adapter
-from ..kernels.activations import find_activation
+from ...functional import bottleneck_adapter
+from ...kernels.activations import find_activation
 
 
 class Swap(NamedTuple):

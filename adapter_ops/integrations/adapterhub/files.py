@@ -1,0 +1,334 @@
+"""AdapterHub's folders: an adapter_config.json and the adapter's weights."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ...config import AdapterConfig
+from ...files import _alive, _host, kind_of
+from ...functional import DTYPES
+from ...inject import _LOCK, adapters_of, attach, build, check_new, plan, root_of, train_adapter
+from ...sharding import full, is_writer
+from ..transformers import Site, find_sites
+from .config import read_config, write_config
+
+CONFIG_FILE, WEIGHTS_FILE, SAFE_WEIGHTS_FILE = "adapter_config.json", "pytorch_adapter.bin", "adapter.safetensors"
+FORMAT = "adapters.1.3.0"  # the version of the package whose folders these are
+
+# Where a family's keys put its adapters: inside the module around Site.output, or beside the layer's other modules.
+_INSIDE = frozenset({"bert", "roberta", "xlm-roberta", "electra", "deberta-v2", "t5"})
+_BESIDE = frozenset({"distilbert", "gpt2", "llama", "mistral", "bart", "whisper"})
+
+# What a folder of another kind holds, and what to do with it.
+_OTHERS = {
+    "adapter_ops": ("a task of adapter_ops", "load it with adapter_ops.load_adapter"),
+    "adapter_ops_1": ("a task of adapter_ops in a format that was never released", "save the task again"),
+    "peft": ("an adapter of the package peft", "load it with peft.PeftModel.from_pretrained"),
+}
+_ATTEMPTS = 20  # to read a folder that others save to at the same time
+_HOUR = 60 * 60  # seconds; no save takes longer
+
+
+def load_adapterhub(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None) -> str:
+    """Adds the adapter of a folder that AdapterHub wrote to a plain transformers model, as `add_adapter` does.
+
+    The adapter is then active, and its parameters, of the model's dtype and on its device, are the only ones that
+    train.
+
+    Args:
+        model: of the family, and of the hidden size, that the adapter was trained for.
+        folder: has adapter_config.json and adapter.safetensors or pytorch_adapter.bin. Each file is read once. A save
+            to the folder that takes place meanwhile is seen whole or not at all.
+        name: for the adapter. Default: the name in the folder.
+
+    Returns:
+        The adapter's name.
+
+    Raises:
+        FileNotFoundError: no such folder, or one without those files.
+        ValueError: the folder of another library; a config with no counterpart (see `read_config`); another model type
+            or hidden size; a file that cannot be read; keys that are missing, left over, of another shape or not of
+            dtype float16, bfloat16, float32 or float64; a name that is taken or malformed. The model is then as it was.
+    """
+    folder = Path(folder)
+    text, weights, data = _read(folder)
+    info = _parse(folder, text)
+    root = root_of(model)
+    for key in ("model_type", "hidden_size"):
+        ours = getattr(getattr(root, "config", None), key, None)
+        if info[key] != ours:
+            raise ValueError(f"the adapter in {folder} is for {key} {info[key]!r}, the model has {ours!r}")
+    if all(parameter.is_meta for parameter in root.parameters()):
+        raise ValueError("the model is on the meta device, which holds no values: move it first")
+    config = read_config(info["config"], versioned="version" in info)
+    sites = _sites(root, config)
+    keys = _keys(root, config, sites, info["name"])
+    base = getattr(root, "base_model_prefix", "") + "."  # a model with a head has it, the bare base has not
+    found = {key.removeprefix(base): t for key, t in _tensors(weights, data).items()}
+    expected = {key.removeprefix(base): place for key, place in keys.items()}
+    if missing := sorted(expected.keys() - found.keys()):
+        raise ValueError(f"{weights} lacks {len(missing)} of {len(expected)} keys, first {missing[0]!r}")
+    if surplus := sorted(found.keys() - expected.keys()):
+        raise ValueError(f"{weights} has {len(surplus)} keys that do not belong, first {surplus[0]!r}")
+    shapes = {site.name: _shapes(config, site) for site in sites}
+    states: dict[str, dict[str, Tensor]] = {}
+    for key, (place, ours) in expected.items():
+        _check_tensor(f"{key!r} in {weights}", found[key], shapes[place][ours])
+        states.setdefault(place, {})[ours] = found[key]
+    name = info["name"] if name is None else name
+    with _LOCK:
+        check_new(model, name)
+        task = build(model, config, sites, ())
+        for place, layer in task.layer_at.items():
+            layer.load_state_dict(states[place])
+        attach(model, name, task, sites, None)  # before this the model is as it was
+        train_adapter(model, name)
+    return name
+
+
+def save_adapterhub(model: nn.Module, folder: str | os.PathLike[str], name: str) -> None:
+    """Writes an adapter as a folder that AdapterHub's `model.load_adapter(folder)` reads, all or nothing.
+
+    The folder is written beside its place under a name that begins with "." and then renamed. If there is a folder
+    already, it is first renamed in the same way; a process that is killed at just that moment leaves both, whole, under
+    such names. The next save to the same place removes what killed saves have left.
+
+    Args:
+        model: a transformers model of a family whose names AdapterHub has in common with transformers.
+        folder: where to. It is replaced if it is empty or holds an adapter of AdapterHub and nothing else.
+        name: of the adapter in the model, and in the folder.
+
+    Raises:
+        ValueError: an unknown name, a model type whose keys are not known, a config that AdapterHub cannot express
+            (see `write_config`), or parameters that hold no values here, as on the meta device or with FSDP.
+        FileExistsError: the folder holds something else, such as an adapter of another library.
+
+    Warns:
+        UserWarning: the task has parameters outside its adapters, such as a head. The folder cannot hold them.
+    """
+    adapters = adapters_of(model, name)
+    task = adapters.task(name)
+    root: Any = adapters.model
+    sites = _sites(root, task.config)
+    keys = _keys(root, task.config, sites, name)
+    config = task.config
+    if config.ln_before and not config.ln_after and all(site.norm is None for site in sites):
+        # In a pre-norm model both residuals give the same outputs, and AdapterHub runs only this one.
+        config = dataclasses.replace(config, residual="input")
+    info = {
+        "config": write_config(config, root.config.hidden_size),
+        "hidden_size": root.config.hidden_size,
+        "model_class": type(root).__name__,
+        "model_name": getattr(root.config, "_name_or_path", ""),
+        "model_type": root.config.model_type,
+        "name": name,
+        "version": FORMAT,
+    }
+    states = {place: layer.state_dict() for place, layer in task.layer_at.items()}
+    tensors = {key: full(states[place][ours]).detach() for key, (place, ours) in keys.items()}
+    if meta := [key for key, t in tensors.items() if t.is_meta]:
+        raise ValueError(f"{len(meta)} of the adapter's tensors are on the meta device, which holds no values")
+    folder = Path(folder).resolve()
+    _check_replaceable(folder)
+    if own := [f"{path}.{key}" for path, copy in task.copy_at.items() for key, _ in copy.named_parameters()]:
+        warnings.warn(
+            f"AdapterHub's folder has no room for the task's parameters outside its adapters: {own}", stacklevel=2
+        )
+    data = io.BytesIO()
+    torch.save({key: t.cpu().clone() for key, t in tensors.items()}, data)  # which AdapterHub reads unless told not to
+    if is_writer():
+        text = json.dumps(info, indent=2, sort_keys=True)
+        _replace(folder, {CONFIG_FILE: text.encode(), WEIGHTS_FILE: data.getvalue()})
+
+
+def _sites(model: nn.Module, config: AdapterConfig) -> list[Site]:
+    """The model's sites, which are those that AdapterHub has, checked to serve the config."""
+    sites = find_sites(model)
+    if plan(model, config) != sites:
+        raise ValueError("the model has its adapters at places of its own, which AdapterHub has no names for")
+    return sites
+
+
+def _keys(model: nn.Module, config: AdapterConfig, sites: list[Site], name: str) -> dict[str, tuple[str, str]]:
+    """AdapterHub's key -> (the site's name, the key in its AdapterLayer's state dict)."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in _INSIDE | _BESIDE:
+        known = ", ".join(sorted(_INSIDE | _BESIDE))
+        raise ValueError(f"AdapterHub's names are not known for model type {kind!r}; known: {known}")
+    sites = [site for site in sites if config.at(site.place, site.layer)]
+    if len({(site.layer, site.place) for site in sites}) < len(sites):  # AdapterHub numbers both towers through
+        for field in ("leave_out", "reduction_factor", "bottleneck"):
+            if isinstance(value := getattr(config, field), Mapping) or (field == "leave_out" and value):
+                raise ValueError(f"{field}={value!r} counts layers, which AdapterHub does otherwise for {kind!r}")
+    before = config.norm is not None and config.norm_position == "before"
+    modules = {f"adapter_down.{int(before)}": "bottlenecks.0.down", "adapter_up": "bottlenecks.0.up"}
+    if config.norm is not None:  # in front of the bottleneck, AdapterHub has it under two names
+        hubs = ("adapter_norm_before", "adapter_down.0") if before else ("adapter_norm_after",)
+        modules |= dict.fromkeys(hubs, "norm")
+    names = {f"{hub}.{leaf}": f"{ours}.{leaf}" for hub, ours in modules.items() for leaf in ("weight", "bias")}
+    if isinstance(config.scale, str):
+        names["scaling"] = "bottlenecks.0.scale"
+    keys: dict[str, tuple[str, str]] = {}
+    for site in sites:
+        prefix = site.output.rpartition(".")[0]
+        if kind in _BESIDE:
+            prefix = site.name.rpartition(".")[0] + (".attention_adapters", ".output_adapters")[site.place == "ffn"]
+        keys |= {f"{prefix}.adapters.{name}.{hub}": (site.name, ours) for hub, ours in names.items()}
+    return keys
+
+
+def _shapes(config: AdapterConfig, site: Site) -> dict[str, tuple[int, ...]]:
+    """The shapes in an AdapterLayer's state dict. They are computed, since a hostile config has huge ones."""
+    D, R = site.hidden_size, config.size(site.layer, site.hidden_size)
+    return {
+        "bottlenecks.0.down.weight": (R, D),
+        "bottlenecks.0.down.bias": (R,),
+        "bottlenecks.0.up.weight": (D, R),
+        "bottlenecks.0.up.bias": (D,),
+        "bottlenecks.0.scale": (D if config.scale == "channel" else 1,),
+        "norm.weight": (D,),
+        "norm.bias": (D,),
+    }
+
+
+def _check_tensor(what: str, t: Any, shape: tuple[int, ...]) -> None:
+    if not isinstance(t, Tensor) or t.layout is not torch.strided or t.is_meta:
+        raise ValueError(f"{what} is no dense tensor")
+    if t.dtype not in DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in sorted(DTYPES, key=str))
+        raise ValueError(f"{what} has dtype {t.dtype}, expected one of {known}")
+    if tuple(t.shape) != shape:
+        raise ValueError(f"{what} has shape {tuple(t.shape)}, expected {shape}")
+
+
+def _read(folder: Path) -> tuple[bytes, Path, bytes]:
+    """The bytes of the config, the path of the weights, and their bytes, all of one save."""
+    file = folder / CONFIG_FILE
+    missing = 0
+    for _ in range(_ATTEMPTS):
+        try:
+            before, text = os.stat(file), file.read_bytes()
+            weights = folder / SAFE_WEIGHTS_FILE
+            if not weights.is_file():
+                weights = folder / WEIGHTS_FILE
+            data, after = weights.read_bytes(), os.stat(file)
+        except FileNotFoundError as error:
+            missing += 1
+            if missing > 2:
+                raise _not_here(folder) or error from None
+            time.sleep(0.01)  # a save has no folder in its place for the moment between two renames
+            continue
+        if (before.st_ino, before.st_mtime_ns, before.st_size) == (after.st_ino, after.st_mtime_ns, after.st_size):
+            return text, weights, data
+    raise ValueError(f"{folder} changed {_ATTEMPTS} times while it was read: load it when no other process saves to it")
+
+
+def _not_here(folder: Path) -> ValueError | None:
+    """The error for a folder with an adapter of another kind."""
+    if (kind := kind_of(folder)) not in _OTHERS:
+        return None
+    what, instead = _OTHERS[kind]
+    return ValueError(f"{folder} holds {what} and no adapter of AdapterHub: {instead}")
+
+
+def _parse(folder: Path, text: bytes) -> dict[str, Any]:
+    """The fields of an adapter_config.json, of which those that are read here have the right types."""
+
+    def refuse(constant: str) -> float:
+        raise ValueError(f"{constant} is no finite number")
+
+    file = folder / CONFIG_FILE
+    try:
+        info = json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no adapter's config: {type(error).__name__}: {error}") from error
+    types = {"config": dict, "name": str, "model_type": str, "hidden_size": int}
+    if not isinstance(info, dict) or not all(isinstance(info.get(field), kind) for field, kind in types.items()):
+        wanted = ", ".join(f"{field} ({kind.__name__})" for field, kind in types.items())
+        raise _not_here(folder) or ValueError(f"{file} is no adapter's config, which has the fields {wanted}")
+    return info
+
+
+def _tensors(file: Path, data: bytes) -> dict[str, Tensor]:
+    """The tensors in the bytes of a weights file."""
+    try:
+        if file.name == SAFE_WEIGHTS_FILE:
+            tensors = safetensors.torch.load(data)
+        else:
+            if zipfile.is_zipfile(io.BytesIO(data)):
+                with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                    if sum(entry.file_size for entry in archive.infolist()) > len(data):
+                        raise ValueError("it is compressed, as torch.save never does it")
+            tensors = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        first = r"(attention|layer)_text_(task|lang)_adapters"  # the modules' name in AdapterHub's first releases
+        return {re.sub(first, "adapters", key): t for key, t in tensors.items()}
+    except Exception as error:  # zip, pickle and safetensors have errors of no common class
+        raise ValueError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Raises FileExistsError where a save would destroy anything but an adapter of AdapterHub."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    kind = kind_of(folder)
+    others = [name for name in names if name not in (CONFIG_FILE, WEIGHTS_FILE, SAFE_WEIGHTS_FILE)]
+    if kind in _OTHERS:
+        held = _OTHERS[kind][0]
+    elif others:
+        held = f"also {', '.join(others[:4])}"
+    elif names and kind != "adapterhub":
+        held = f"{', '.join(names)}, but no adapter of AdapterHub"
+    else:
+        return
+    raise FileExistsError(f"{folder} holds {held}: save to a folder that does not exist yet")
+
+
+def _replace(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Puts a folder with these files in the place of whatever is there; on an error, everything is as it was."""
+    mark = f"{os.getpid()}.{_host()}"
+    new, old = (folder.with_name(f".{folder.name}.{mark}{secrets.token_hex(8)}.tmp") for _ in range(2))
+    new.mkdir(parents=True)
+    try:
+        for name, content in files.items():
+            with open(new / name, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(new, folder)
+    finally:
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+    _remove_leftovers(folder)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what killed saves to this folder have left: those of dead processes of this host, and those an hour old.
+
+    The process and the host stand in the name, since a process's number says nothing on another host.
+    """
+    pattern = re.compile(rf"\.{re.escape(folder.name)}\.([1-9][0-9]{{0,9}})\.([0-9a-f]{{8}})[0-9a-f]{{16}}\.tmp")
+    for path in folder.parent.iterdir():
+        if found := pattern.fullmatch(path.name):
+            dead = found[2] == _host() and not _alive(int(found[1]))
+            with contextlib.suppress(OSError):  # another save removes it at the same time
+                status = path.stat()  # a folder that was just renamed has a new st_ctime alone
+                if dead or time.time() - max(status.st_mtime, status.st_ctime) > _HOUR:
+                    shutil.rmtree(path, ignore_errors=True)
