@@ -83,6 +83,9 @@ def test_read_returns_what_write_took(tmp_path):
     header, found = read(tmp_path / "new" / "folder")
     assert header == HEADER
     assert_equal(found, tensors(3.0))
+    assert {tuple(read(tmp_path / "new" / "folder").tensors) for _ in range(10)} == {
+        tuple(found)
+    }  # always in one order
     assert json.loads((tmp_path / "new" / "folder" / CONFIG_FILE).read_text(encoding="utf-8")) == HEADER
 
 
