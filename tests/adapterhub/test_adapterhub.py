@@ -78,3 +78,17 @@ def test_families(family, key, tmp_path):
     hub.save_adapter(str(tmp_path / "a"), "a")
     load_adapterhub(base, tmp_path / "a")
     assert_same(ours_as_hub(base, "a", run(base, inputs)), hub_run(hub, inputs))
+
+
+def test_a_name_that_adapterhub_does_not_allow(tmp_path):
+    """A "." is allowed in our names alone."""
+    import adapters
+
+    base, hub = bert(), bert()
+    add_adapter(base, "a.1", "pfeiffer", modules=())
+    randomise(base.eval(), "adapter_ops")
+    save_adapterhub(base, tmp_path / "a", "a.1")
+    adapters.init(hub)
+    assert hub.load_adapter(str(tmp_path / "a"), set_active=True) == "a_1"
+    assert_same({"y": hub.eval()(IDS).last_hidden_state}, {"y": base(IDS).last_hidden_state})
+    assert load_adapterhub(base, tmp_path / "a") == "a_1"

@@ -106,17 +106,20 @@ def save_adapterhub(model: nn.Module, folder: str | os.PathLike[str], name: str)
 
     The folder is written beside its place under a name that begins with "." and then renamed. If there is a folder
     already, it is first renamed in the same way; a process that is killed at just that moment leaves both, whole, under
-    such names. The next save to the same place removes what killed saves have left.
+    such names. The next save to the same place removes what killed saves have left. Of the processes that share a
+    sharded model all have to call this, and the first one writes.
 
     Args:
-        model: a transformers model of a family whose names AdapterHub has in common with transformers.
+        model: a transformers model of one of the families whose names in AdapterHub's folders are known.
         folder: where to. It is replaced if it is empty or holds an adapter of AdapterHub and nothing else.
-        name: of the adapter in the model, and in the folder.
+        name: of the adapter in the model. In the folder, each "." in it is a "_", since AdapterHub allows none.
 
     Raises:
         ValueError: an unknown name, a model type whose keys are not known, a config that AdapterHub cannot express
-            (see `write_config`), or parameters that hold no values here, as on the meta device or with FSDP.
+            (see `write_config`), or parameters on the meta device.
         FileExistsError: the folder holds something else, such as an adapter of another library.
+        OSError: the system cannot write, or another process saved to the same place at the same moment. What is there
+            is then whole.
 
     Warns:
         UserWarning: the task has parameters outside its adapters, such as a head. The folder cannot hold them.
@@ -125,7 +128,8 @@ def save_adapterhub(model: nn.Module, folder: str | os.PathLike[str], name: str)
     task = adapters.task(name)
     root: Any = adapters.model
     sites = _sites(root, task.config)
-    keys = _keys(root, task.config, sites, name)
+    stored = name.replace(".", "_")
+    keys = _keys(root, task.config, sites, stored)
     config = task.config
     if config.ln_before and not config.ln_after and all(site.norm is None for site in sites):
         # In a pre-norm model both residuals give the same outputs, and AdapterHub runs only this one.
@@ -136,24 +140,25 @@ def save_adapterhub(model: nn.Module, folder: str | os.PathLike[str], name: str)
         "model_class": type(root).__name__,
         "model_name": getattr(root.config, "_name_or_path", ""),
         "model_type": root.config.model_type,
-        "name": name,
+        "name": stored,
         "version": FORMAT,
     }
     states = {place: layer.state_dict() for place, layer in task.layer_at.items()}
     tensors = {key: full(states[place][ours]).detach() for key, (place, ours) in keys.items()}
     if meta := [key for key, t in tensors.items() if t.is_meta]:
         raise ValueError(f"{len(meta)} of the adapter's tensors are on the meta device, which holds no values")
-    folder = Path(folder).resolve()
-    _check_replaceable(folder)
     if own := [f"{path}.{key}" for path, copy in task.copy_at.items() for key, _ in copy.named_parameters()]:
         warnings.warn(
             f"AdapterHub's folder has no room for the task's parameters outside its adapters: {own}", stacklevel=2
         )
+    if not is_writer():
+        return
+    folder = Path(folder).resolve()
+    _check_replaceable(folder)
     data = io.BytesIO()
     torch.save({key: t.cpu().clone() for key, t in tensors.items()}, data)  # which AdapterHub reads unless told not to
-    if is_writer():
-        text = json.dumps(info, indent=2, sort_keys=True)
-        _replace(folder, {CONFIG_FILE: text.encode(), WEIGHTS_FILE: data.getvalue()})
+    text = json.dumps(info, indent=2, sort_keys=True)
+    _replace(folder, {CONFIG_FILE: text.encode(), WEIGHTS_FILE: data.getvalue()})
 
 
 def _sites(model: nn.Module, config: AdapterConfig) -> list[Site]:
