@@ -7,7 +7,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from . import measure
 from .cases import MODES, PROVIDERS, Case, Shape
+from .cli import Parser, listed, one_of, output_file, positive, whole
 from .rows import Row, Writer
 from .run import run_case
 
@@ -29,11 +30,45 @@ HEADS = (
 )
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
+    """Runs the benchmark; returns 0, or 1 if no row has a time, or 130 if the run was interrupted."""
     args = parse(argv)
     facts = environment(args.device, args.commit)
     print("; ".join(f"{name} {value}" for name, value in facts.items()))
     print("speed-up over eager and % of the floor: by kernel time, on a CPU by user time")
+    writer = Writer(args.out) if args.out else None
+    status, timed = 1, False
+    try:
+        for rows in run_all(args):
+            for row in rows:
+                vars(row).update(facts)
+                timed |= row.ms is not None
+                tqdm.write(line(row))
+            sys.stdout.flush()
+            if writer:
+                writer.write(rows)
+        if timed:
+            status = 0
+        else:
+            print("no row has a time", file=sys.stderr)
+    except KeyboardInterrupt:
+        status = 130
+        print("interrupted", file=sys.stderr)
+    finally:
+        if writer:
+            writer.close(whole=status == 0)
+            if status:
+                rest = (
+                    f"the {writer.count} rows of this run are in {writer.partial}"
+                    if writer.count
+                    else "no row was made"
+                )
+                print(f"{args.out} is left as it was; {rest}", file=sys.stderr)
+    return status
+
+
+def run_all(args: argparse.Namespace) -> Iterator[list[Row]]:
+    """The rows of one shape, dtype and mode after another. What does not fit on the device has no rows."""
     if args.warm:
         from .warm import warm
 
@@ -45,10 +80,6 @@ def main(argv: list[str] | None = None) -> None:
             # All on one stream, and one that can be captured: autograd ties the node of a parameter to the stream it
             # first meets, and a capture must not wait for another.
             stack.enter_context(torch.cuda.stream(torch.cuda.Stream()))
-        writer = None
-        if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            writer = Writer(stack.enter_context(args.out.open("w", encoding="utf-8", newline="")))
         bar = stack.enter_context(tqdm(total=total * len(args.dtypes), unit="row", disable=None))
         for dtype in args.dtypes:
             floors = measure.measure_floors(dtype, args.device)
@@ -60,55 +91,80 @@ def main(argv: list[str] | None = None) -> None:
                 try:
                     case = Case(shape, dtype, args.device, measure.input_sets(shape, dtype, args.device))
                     for rows in run_case(case, names[shape], args.modes, args.seconds, floors):
-                        for row in rows:
-                            vars(row).update(facts)
-                            bar.write(line(row))
-                        if writer:
-                            writer.write(rows)
+                        yield rows
                         bar.update(len(rows))
                 except Exception as error:  # a shape too large for the device, most likely
                     bar.write(f"{shape} {dtype} stopped: {measure.message(error)}", file=sys.stderr)
-                sys.stdout.flush()
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The options; what cannot be run is refused with exit status 2."""
     cuda = torch.cuda.is_available()
     available = [name for name, provider in PROVIDERS.items() if provider.available()]
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    dtypes = one_of("dtype", ("float32", "float16", "bfloat16"))
+    parser = Parser(prog="python -m bench", description=__doc__)
     add = parser.add_argument
-    add("--shapes", default=CUDA_SHAPES if cuda else CPU_SHAPES, help="MxDxR, comma-separated (default: %(default)s)")
-    add("--modes", default=",".join(MODES), help="fwd: no gradient; bwd: backward alone (default: %(default)s)")
-    add("--providers", default=",".join(available), help="default, all that can run here: %(default)s")
-    add("--dtypes", default="bfloat16" if cuda else "float32,bfloat16", help="default: %(default)s")
-    add("--out", type=Path, metavar="F.csv", help="write the rows there, as they come")
-    add("--seconds", type=float, default=0.1 if cuda else 1.0, help="of timing, per row (default: %(default)s)")
-    add("--max-autotune-shapes", default=CUDA_AUTOTUNE_SHAPES if cuda else "all", help="default: %(default)s")
-    add("--warm", type=int, default=0, metavar="N", help="compile in N processes first, which fills the caches on disk")
+    add(
+        "--shapes",
+        type=listed(Shape.parse),
+        default=CUDA_SHAPES if cuda else CPU_SHAPES,
+        help="MxDxR, comma-separated (default: %(default)s)",
+    )
+    add(
+        "--modes",
+        type=listed(one_of("mode", MODES)),
+        default=",".join(MODES),
+        help="fwd: no gradient; bwd: backward alone (default: %(default)s)",
+    )
+    add(
+        "--providers",
+        type=listed(one_of("provider", PROVIDERS)),
+        default=",".join(available),
+        help="default, all that can run here: %(default)s",
+    )
+    add(
+        "--dtypes",
+        type=listed(dtypes),
+        default="bfloat16" if cuda else "float32,bfloat16",
+        help="default: %(default)s",
+    )
+    add(
+        "--out",
+        type=output_file,
+        metavar="F.csv",
+        help="write the rows there; until the run is whole they are in F.partialN.csv beside it",
+    )
+    add("--seconds", type=positive, default=0.1 if cuda else 1.0, help="of timing, per row (default: %(default)s)")
+    add(
+        "--max-autotune-shapes",
+        type=autotuned,
+        default=CUDA_AUTOTUNE_SHAPES if cuda else "all",
+        help='some of them, "all", or "" for none (default: %(default)s)',
+    )
+    add(
+        "--warm",
+        type=whole(0),
+        default=0,
+        metavar="N",
+        help="compile in N processes first, which fills the caches on disk (default: %(default)s)",
+    )
     add("--commit", help="of the code, where there is no git to ask")
     add("--device", default="cuda" if cuda else "cpu", choices=["cpu", "cuda"])
     args = parser.parse_args(argv)
-    try:
-        args.shapes = [Shape.parse(s) for s in args.shapes.split(",")]
-        few = args.max_autotune_shapes
-        args.autotune = args.shapes if few == "all" else [Shape.parse(s) for s in few.split(",") if s]
-        args.modes = known("mode", args.modes, MODES)
-        args.providers = known("provider", args.providers, PROVIDERS)
-        args.dtypes = [getattr(torch, d) for d in known("dtype", args.dtypes, ("float32", "float16", "bfloat16"))]
-    except ValueError as error:
-        parser.error(str(error))
+    args.dtypes = [getattr(torch, name) for name in args.dtypes]
+    few = args.max_autotune_shapes
+    args.autotune = args.shapes if few is None else few
     for name in args.providers:
         if not PROVIDERS[name].available():
             parser.error(f"provider {name!r} needs the package {PROVIDERS[name].package!r}, which is not installed")
+    if args.device == "cuda" and not cuda:
+        parser.error("argument --device: there is no GPU here that torch can use")
     return args
 
 
-def known(kind: str, text: str, names: Iterable[str]) -> list[str]:
-    """The comma-separated names; ValueError for one that is not among `names`."""
-    found = text.split(",")
-    for name in found:
-        if name not in names:
-            raise ValueError(f"unknown {kind} {name!r}; known: {', '.join(names)}")
-    return found
+def autotuned(text: str) -> list[Shape] | None:
+    """Parses shapes, of which there may be none; None stands for all."""
+    return None if text == "all" else listed(Shape.parse)(text) if text else []
 
 
 def environment(device: str, commit: str | None) -> dict[str, str]:
@@ -152,4 +208,4 @@ def line(row: Row) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

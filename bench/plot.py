@@ -1,8 +1,7 @@
 """python -m bench.plot F.csv: latency, speed-up over eager and roofline of one run, a PNG of each for every dtype."""
 
-import argparse
+import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -15,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from .cases import MODES, PROVIDERS
+from .cli import Parser, input_file, output_folder
 from .rows import Row, read
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; ours is the one that stands out.
@@ -42,12 +42,13 @@ STYLE: dict[Any, Any] = {
 MANY = 12  # shapes past this are thinned out to the largest M, where panels hold one mark a shape
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__)
-    parser.add_argument("csv", type=Path)
-    parser.add_argument("--out", type=Path, help="folder of the PNGs (default: the CSV's)")
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="python -m bench.plot", description=__doc__)
+    parser.add_argument("csv", type=input_file)
+    parser.add_argument("--out", type=output_folder, help="folder of the PNGs (default: the CSV's)")
     args = parser.parse_args(argv)
-    found = read(args.csv)
+    with parser.refusing():
+        found = read(args.csv)
     rows = [row for row in found if row.ms is not None]
     if not rows:
         parser.error(f"{args.csv} has no row with a time")
@@ -56,16 +57,24 @@ def main(argv: list[str] | None = None) -> None:
     for dtype in unique(row.dtype for row in rows):
         mine = [row for row in rows if row.dtype == dtype]
         refused = any(row.dtype == dtype and row.note.startswith("wrong") for row in found)
-        figures = {"speedup": speedup(mine, refused), "roofline": roofline(mine)}
-        if max(len({row.M for row in group}) for group in by_weights(mine).values()) >= 3:
-            figures |= {f"latency-{mode}": curves(mine, mode) for mode in modes(mine)}
-        else:
-            figures["latency"] = dots(mine)
-        for kind, figure in figures.items():
+        for kind, figure in figures(mine, refused).items():
             path = folder / f"{args.csv.stem}-{dtype}-{kind.replace('+', '-')}.png"
             figure.savefig(path, bbox_inches="tight")
             plt.close(figure)
             print(path)
+    return 0
+
+
+def figures(rows: list[Row], refused: bool) -> dict[str, Figure]:
+    """The figures that can be drawn of one dtype: without eager there is no speed-up, of copies alone no roofline."""
+    found = {}
+    if any(row.speedup is not None and row.provider not in ("eager", "copy") for row in rows):
+        found["speedup"] = speedup(rows, refused)
+    if any(row.provider != "copy" for row in rows):
+        found["roofline"] = roofline(rows)
+    if max(len({row.M for row in group}) for group in by_weights(rows).values()) >= 3:
+        return found | {f"latency-{mode}": curves(rows, mode) for mode in modes(rows)}
+    return found | {"latency": dots(rows)}
 
 
 def unique(items: Iterable[Any]) -> list[Any]:
@@ -254,4 +263,4 @@ def si(value: float) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

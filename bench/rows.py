@@ -1,10 +1,15 @@
 """One row of results: one provider on one shape, dtype and mode; and the CSV file of them."""
 
+import contextlib
 import csv
+import itertools
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from .cases import MODES, PROVIDERS
 
 
 @dataclass
@@ -61,26 +66,75 @@ COLUMNS = [field.name for field in fields(Row)]
 
 
 class Writer:
-    """Writes rows as they come, so that a run that is cut short leaves what it has."""
+    """The CSV file of a run: rows go to a file beside `path`, which `close` puts in its place if the run is whole.
 
-    def __init__(self, file: IO[str]) -> None:
-        self.file, self.writer = file, csv.writer(file, lineterminator="\n")
+    Until then `path` is as it was. The file beside it, `partial`, has a name that no file had, so that a run never
+    writes over the rows of another one. Raises OSError where it cannot be made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.resolve()  # of a link, the file behind it is replaced
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            self.partial = self.path.with_name(f"{self.path.stem}.partial{number}{self.path.suffix}")
+            with contextlib.suppress(FileExistsError):
+                self.file = self.partial.open("x", encoding="utf-8", newline="")
+                break
+        self.count = 0  # of rows
+        self.writer = csv.writer(self.file, lineterminator="\n")
         self.writer.writerow(COLUMNS)
 
     def write(self, rows: Iterable[Row]) -> None:
+        """Appends rows, and hands them to the system at once."""
         for row in rows:
+            self.count += 1
             values = (getattr(row, name) for name in COLUMNS)
             self.writer.writerow(f"{v:.6g}" if isinstance(v, float) else "" if v is None else v for v in values)
         self.file.flush()
 
+    def close(self, whole: bool) -> None:
+        """Puts the file in the place of `path` if the run is whole. Otherwise it stays, unless it has no rows."""
+        with self.file:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        if whole:
+            self.partial.replace(self.path)
+        elif not self.count:
+            self.partial.unlink()
+
 
 def read(path: Path | str) -> list[Row]:
-    """The rows of a CSV file; ValueError where its columns are others."""
+    """The rows of a CSV file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no CSV file, its columns are others, or a line (which the error names) has a cell too many,
+            too few or of another type, or a provider or a mode that is not known.
+    """
+    found = []
     with open(path, encoding="utf-8", newline="") as file:
-        lines = csv.DictReader(file)
-        if lines.fieldnames != COLUMNS:
-            raise ValueError(f"{path} has columns {lines.fieldnames}, expected {COLUMNS}")
-        return [Row(**{name: _parse(name, text) for name, text in cells.items()}) for cells in lines]
+        lines = csv.reader(file)
+        try:
+            heads = next(lines, None)
+            if heads != COLUMNS:
+                raise ValueError(f"{path} has columns {heads}, expected {COLUMNS}")
+            found = [_row(f"{path}, line {lines.line_num}", cells) for cells in lines if cells]
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is no CSV file: {error}") from error
+    return found
+
+
+def _row(line: str, cells: list[str]) -> Row:
+    if len(cells) != len(COLUMNS):
+        raise ValueError(f"{line} has {len(cells)} cells, expected {len(COLUMNS)}")
+    try:
+        row = Row(**{name: _parse(name, text) for name, text in zip(COLUMNS, cells)})
+    except ValueError as error:
+        raise ValueError(f"{line}: {error}") from error
+    for kind, name, known in (("provider", row.provider, PROVIDERS), ("mode", row.mode, MODES)):
+        if name not in known:
+            raise ValueError(f"{line} has the {kind} {name!r}; known: {', '.join(known)}")
+    return row
 
 
 def row_of(cells: Iterable[str]) -> str:
@@ -92,6 +146,12 @@ TYPES = {field.name: field.type for field in fields(Row)}
 
 
 def _parse(name: str, text: str) -> Any:
-    if TYPES[name] is str:
+    kind = TYPES[name]
+    if kind is str:
         return text
-    return None if text == "" else int(text) if TYPES[name] in (int, int | None) else float(text)
+    if text == "" and kind not in (int, float):
+        return None
+    try:
+        return int(text) if kind in (int, int | None) else float(text)
+    except ValueError:
+        raise ValueError(f"expected a number as {name}, found {text!r}") from None

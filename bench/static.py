@@ -31,6 +31,7 @@ from triton.runtime import driver
 from adapter_ops.kernels import backward, forward, launch
 from adapter_ops.kernels.launch import Needs, Options, Weights
 from bench.cards import CARDS, Card
+from bench.cli import Parser, listed, one_of, output_file, whole
 from bench.compiled import Code, read
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -208,22 +209,32 @@ def line(row: Row) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the table and the verdict; returns 1 if a kernel fails, else 0."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m bench.static", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    joined = {"hidden": HIDDEN, "bottleneck": BOTTLENECK, "dtype": ("bf16",), "arch": ARCHS}
-    for name, default in joined.items():
+    options: tuple[tuple[str, Any, Any], ...] = (
+        ("hidden", whole(1), HIDDEN),
+        ("bottleneck", whole(1), BOTTLENECK),
+        ("dtype", one_of("dtype", DTYPES), ("bf16",)),
+        ("arch", one_of("arch", CARDS), ARCHS),
+    )
+    for name, parse, default in options:
         parser.add_argument(
-            f"--{name}", default=",".join(map(str, default)), help="comma-separated (default: %(default)s)"
+            f"--{name}",
+            type=listed(parse),
+            default=",".join(map(str, default)),
+            help="comma-separated (default: %(default)s)",
         )
-    parser.add_argument("--json", metavar="F", help="write the rows, and Triton's version, to this file too")
+    parser.add_argument(
+        "--json", type=output_file, metavar="F", help="write the rows, and Triton's version, to this file too"
+    )
     args = parser.parse_args(argv)
-    dtypes, archs = args.dtype.split(","), args.arch.split(",")
-    for option, asked, known in (("dtype", dtypes, DTYPES), ("arch", archs, CARDS)):
-        if unknown := set(asked) - set(known):
-            parser.error(f"--{option}: unknown {', '.join(sorted(unknown))}; known: {', '.join(known)}")
-    sizes = ([int(n) for n in text.split(",")] for text in (args.hidden, args.bottleneck))
-    cells = [(D, R, dtype, arch) for arch, dtype, D, R in itertools.product(archs, dtypes, *sizes)]
+    if launch.INTERPRETED:
+        parser.error("TRITON_INTERPRET is set, under which there is nothing to compile: unset it")
+    cells = [
+        (D, R, dtype, arch)
+        for arch, dtype, D, R in itertools.product(args.arch, args.dtype, args.hidden, args.bottleneck)
+    ]
     print(f"triton {triton.__version__}; widths of loads and stores in bytes")
     print(
         " ".join(f"{name:>{width}}" for name, width in HEADS.items()),
@@ -238,6 +249,7 @@ def main(argv: list[str] | None = None) -> int:
                 tqdm.write(line(row))
             sys.stdout.flush()
     if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         with open(args.json, "w") as file:
             json.dump({"triton": triton.__version__, "rows": [asdict(row) for row in rows]}, file, indent=1)
     bad = sum(bool(row.failures) for row in rows)

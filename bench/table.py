@@ -5,12 +5,13 @@ values, and `<!-- bench end -->` closes it; what is between them is written here
 `<!-- paper: bench/results/paper glue docstrings -->`, by folder, study and task, with `<!-- paper end -->`.
 """
 
-import argparse
 import re
 import statistics
+import sys
 from pathlib import Path
 
 from .cases import PROVIDERS
+from .cli import Parser, input_file
 from .paper import report
 from .rows import COLUMNS, Row, read, row_of
 
@@ -18,18 +19,29 @@ MARKER = re.compile(r"(<!-- bench: (\S+?\.csv)((?: \w+=\S+)*) -->\n).*?(<!-- ben
 PAPER = re.compile(r"(<!-- paper: (\S+) (\w+) (\S+) -->\n).*?(<!-- paper end -->)", re.DOTALL)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.table", description=__doc__)
-    parser.add_argument("file", nargs="?", type=Path, default=Path("README.md"), help="default: %(default)s")
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="python -m bench.table", description=__doc__)
+    parser.add_argument("file", nargs="?", type=input_file, default="README.md", help="default: %(default)s")
     args = parser.parse_args(argv)
-    args.file.write_text(fill_in(args.file.read_text(encoding="utf-8"), args.file.parent), encoding="utf-8")
+    with parser.refusing():
+        text = args.file.read_text(encoding="utf-8")
+        if not (MARKER.search(text) or PAPER.search(text)):
+            raise ValueError(f"{args.file} has no marker of a table; see --help")
+        new = fill_in(text, args.file.parent)
+    args.file.write_text(new, encoding="utf-8")
+    return 0
 
 
 def fill_in(text: str, folder: Path) -> str:
-    """The text with its tables made anew; paths in the markers are relative to `folder`."""
+    """The text with its tables made anew; paths in the markers are relative to `folder`.
+
+    Raises:
+        OSError: a file that a marker names cannot be read.
+        ValueError: a file that a marker names is not of the form, a column or a study is not known, or no row is left.
+    """
 
     def replace(match: re.Match[str]) -> str:
-        wanted = dict(pair.split("=") for pair in match[3].split())
+        wanted = dict(pair.split("=", 1) for pair in match[3].split())
         unknown = wanted.keys() - set(COLUMNS)
         if unknown:
             raise ValueError(f"unknown columns {sorted(unknown)} in a marker; known: {', '.join(COLUMNS)}")
@@ -108,4 +120,4 @@ def against(own: Row | None, eager: Row | None, column: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,7 +15,6 @@ import os
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined, so before the imports
 
-import argparse
 import contextlib
 import itertools
 import sys
@@ -35,6 +34,7 @@ from adapter_ops.kernels import backward, forward, launch
 from adapter_ops.kernels.launch import Facts, Needs, Options, Weights
 
 from .cases import Shape
+from .cli import Parser, listed
 from .formulas import FORMULAS, NOT_COUNTED
 
 SHAPES = "65536x768x8,65536x768x64,65536x768x256,65536x1024x64,65536x4096x64,65536x4096x256,16x4096x64"
@@ -235,11 +235,16 @@ def print_model(shapes: list[Shape]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.traffic", description=__doc__)
-    parser.add_argument("--shapes", default=SHAPES, help="of the model: MxDxR, comma-separated (default: %(default)s)")
-    shapes = [Shape.parse(s) for s in parser.parse_args(argv).shapes.split(",")]
+    parser = Parser(prog="python -m bench.traffic", description=__doc__)
+    parser.add_argument(
+        "--shapes",
+        type=listed(Shape.parse),
+        default=SHAPES,
+        help="of the model: MxDxR, comma-separated (default: %(default)s)",
+    )
+    args = parser.parse_args(argv)
     equal = print_counted()
-    print_model(shapes)
+    print_model(args.shapes)
     return 0 if equal else 1
 
 

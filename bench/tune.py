@@ -28,10 +28,11 @@ from tqdm import tqdm
 
 from adapter_ops.kernels import backward, configs, forward
 from adapter_ops.kernels.configs import Config
-from adapter_ops.kernels.launch import Needs, Options, Weights
+from adapter_ops.kernels.launch import INTERPRETED, Needs, Options, Weights
 from bench.__main__ import environment
 from bench.cards import CARDS
 from bench.cases import Call, Shape
+from bench.cli import Parser, listed, one_of, output_file, positive, whole
 from bench.compiled import read
 from bench.measure import input_sets, measure_kernels
 from bench.static import DTYPES, compiling, judge
@@ -159,34 +160,67 @@ def block(key: tuple[int, int], rows: dict[str, dict[int, Config]], heading: str
     return text + f"}}\n# end of tuned {key}\n"
 
 
+def split_at_block(path: Path, key: tuple[int, int]) -> tuple[str, str]:
+    """The text before the table's block of `key` and the text after it. Raises ValueError where there is none."""
+    text = path.read_text(encoding="utf-8")
+    found = re.split(
+        rf"# tuned {re.escape(str(key))}: .*?\n# end of tuned {re.escape(str(key))}\n", text, flags=re.DOTALL
+    )
+    if len(found) != 2:
+        raise ValueError(f"{path.name} has no block '# tuned {key}' to write to")
+    return found[0], found[1]
+
+
 def write(path: Path, key: tuple[int, int], rows: dict[str, dict[int, Config]], heading: str) -> None:
     """Puts `rows` over those of `key` in the table; ValueError, and nothing written, if the file has no such block."""
-    text = path.read_text(encoding="utf-8")
-    place = re.compile(rf"# tuned {re.escape(str(key))}: .*?\n# end of tuned {re.escape(str(key))}\n", re.DOTALL)
-    if len(place.findall(text)) != 1:
-        raise ValueError(f"{path.name} has no block '# tuned {key}' to write to")
+    before, after = split_at_block(path, key)
     merged = {kernel: by_r | rows.get(kernel, {}) for kernel, by_r in configs.TABLE[key].items()}
-    path.write_text(place.sub(lambda _: block(key, merged, heading), text), encoding="utf-8")
+    path.write_text(before + block(key, merged, heading) + after, encoding="utf-8")
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The options; what cannot be tuned, timed or written is refused with exit status 2."""
+    parser = Parser(
         prog="python -m bench.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shapes", default=SHAPES, help="MxDxR, comma-separated (default: %(default)s)")
-    parser.add_argument("--kernels", default=",".join(KERNELS), help="default: %(default)s")
-    parser.add_argument("--dtype", default="bf16", choices=DTYPES, help="default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=0.01, help="of timing a config (default: %(default)s)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="all times, as JSON")
-    parser.add_argument("--write", action="store_true", help="write the winners to kernels/configs.py")
+    add = parser.add_argument
+    add(
+        "--shapes",
+        type=listed(Shape.parse),
+        default=SHAPES,
+        help="MxDxR, comma-separated (default: %(default)s)",
+    )
+    add(
+        "--kernels",
+        type=listed(one_of("kernel", KERNELS)),
+        default=",".join(KERNELS),
+        help="default: %(default)s",
+    )
+    add("--dtype", default="bf16", choices=DTYPES, help="default: %(default)s")
+    add("--seconds", type=positive, default=0.01, help="of timing a config (default: %(default)s)")
+    add("--processes", type=whole(1), default=os.cpu_count(), help="that compile (default: %(default)s)")
+    add("--out", type=output_file, help="all times, as JSON")
+    add("--write", action="store_true", help="write the winners to kernels/configs.py")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("there is no GPU here to time configs on")
-    shapes, dtype = [Shape.parse(s) for s in args.shapes.split(",")], DTYPES[args.dtype]
+    if INTERPRETED:
+        parser.error("TRITON_INTERPRET is set, under which there is nothing to compile: unset it")
+    capability = torch.cuda.get_device_capability()
+    if (arch := "sm_{}{}".format(*capability)) not in CARDS:
+        parser.error(f"the GPU here is {arch}, which the static gate does not know; known: {', '.join(CARDS)}")
+    if args.write:
+        with parser.refusing():
+            split_at_block(TABLE, (configs.generation(capability), DTYPES[args.dtype].itemsize))
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    dtype = DTYPES[args.dtype]
     major, minor = torch.cuda.get_device_capability()
     key = (configs.generation((major, minor)), dtype.itemsize)
-    jobs = [Job(k, s, c) for s in shapes for k in args.kernels.split(",") for c in candidates(k, s.R)]
+    jobs = [Job(k, s, c) for s in args.shapes for k in args.kernels for c in candidates(k, s.R)]
     with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
         judged = pool.map(functools.partial(passes, dtype=args.dtype, arch=f"sm_{major}{minor}"), jobs, chunksize=4)
         bar = tqdm(zip(jobs, judged), total=len(jobs), unit="config", desc="compiling", disable=None)
@@ -201,6 +235,7 @@ def main(argv: list[str] | None = None) -> int:
         found = [
             dict(kernel=j.kernel, shape=str(j.shape), config=astuple(j.config), us=t * 1e6) for j, t in times.items()
         ]
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps({"heading": heading, "times": found}), encoding="utf-8")
     if args.write:
         write(TABLE, key, rows, heading)

@@ -8,7 +8,7 @@ from statistics import mean, stdev
 
 from ..rows import row_of
 from .runs import ABLATION, RUNS, Ablated, Cell, Result, Table
-from .studies import FULL, HEAD, SIZES, Variant, study
+from .studies import FULL, HEAD, SIZES, STUDIES, Variant, study
 
 VARIED = ("method", "setting", "learning_rate", "seed")  # within one study; all else of a Cell is its context
 
@@ -39,10 +39,13 @@ def context(cell: Cell) -> tuple[object, ...]:
 
 
 def best_rate(rows: Iterable[Result], variant: Variant, seed: int) -> float:
-    """The learning rate of a variant that was best on validation, the first of equals; NaN where none was tried."""
+    """The learning rate of a variant that was best on validation, the lowest of equals; NaN where none was tried.
+
+    It does not depend on the order of the rows, which is not the same if several processes wrote them.
+    """
     wanted = variant.searched
     found = [r for r in rows if (r.method, r.setting, r.seed) == (wanted.method, wanted.text, seed)]
-    return max(found, key=lambda r: r.validation).learning_rate if found else math.nan
+    return max(found, key=lambda r: (r.validation, -r.learning_rate)).learning_rate if found else math.nan
 
 
 def summaries(rows: Sequence[Result], variants: Iterable[Variant]) -> list[Summary]:
@@ -80,7 +83,7 @@ def table(name: str, rows: Sequence[Result], ablated: Sequence[Ablated]) -> str:
     found = of_study(name, rows)
     chosen = best_size(found) if name == "glue" else None
     for s in found:
-        first, best = s.rows[0], max(s.rows, key=lambda r: r.validation)
+        first, best = s.rows[0], max(s.rows, key=lambda r: (r.validation, -r.seed))
         tests = f"{100 * mean(s.tests):.1f}" + (f" ± {100 * s.spread:.1f}" if len(s.rows) > 1 else "")
         figures = [f"{first.trained:,}", f"{first.share:.2%}", f"{first.learning_rate:g}"]
         label = f"**{s.variant.label}**, best on validation" if s is chosen else s.variant.label
@@ -89,8 +92,14 @@ def table(name: str, rows: Sequence[Result], ablated: Sequence[Ablated]) -> str:
 
 
 def best_size(found: Iterable[Summary]) -> Summary:
-    """Of adapters with the bottlenecks of SIZES, the one that is best on validation in the mean over seeds."""
-    return max((s for s in found if s.variant in SIZES.values()), key=lambda s: s.validation)
+    """Of adapters with the bottlenecks of SIZES, the one that is best on validation in the mean over seeds.
+
+    Raises ValueError where none of them has a run.
+    """
+    tried = [s for s in found if s.variant in SIZES.values()]
+    if not tried:
+        raise ValueError(f"there is no run of adapters with a bottleneck of {', '.join(map(str, SIZES))}")
+    return max(tried, key=lambda s: s.validation)
 
 
 def caption(rows: Sequence[Result]) -> str:
@@ -111,6 +120,9 @@ def glue(tasks: Sequence[Sequence[Result]]) -> str:
     The best bottleneck is each task's own, by the mean of validation over seeds.
     """
     found = [{s.variant.label: s for s in of_study("glue", rows)} for rows in tasks]
+    for rows, by in zip(tasks, found):
+        if missing := [v.label for v in (FULL, HEAD, SIZES[64]) if v.label not in by]:
+            raise ValueError(f"the task {rows[0].task!r} has no run of {', '.join(missing)}")
     lines: dict[str, list[Summary]] = {
         "full fine-tuning": [by[FULL.label] for by in found],
         "head only": [by[HEAD.label] for by in found],
@@ -159,8 +171,11 @@ def ablation_table(ablated: Sequence[Ablated]) -> str:
 def from_files(folder: Path, name: str, task: str) -> str:
     """The table of a study from its files alone; of several tasks, with commas, the one of `glue`.
 
-    Raises ValueError where there are no runs of a task, or runs in several contexts.
+    Raises ValueError for an unknown study, and where there are no runs of a task or of what the table compares, or
+    runs in several contexts.
     """
+    if name not in STUDIES:
+        raise ValueError(f"unknown study {name!r}; known: {', '.join(STUDIES)}")
     results, ablated = Table(folder / RUNS, Result).rows, Table(folder / ABLATION, Ablated).rows
     found = []
     for each in task.split(","):
