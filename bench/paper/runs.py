@@ -3,15 +3,17 @@
 A run is known by its Cell, which is all that decides its result.
 """
 
+import contextlib
 import csv
+import hashlib
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-RUNS, ABLATION = "runs.csv", "ablation.csv"
+RUNS, ABLATION, LOCK = "runs.csv", "ablation.csv", "runs.lock"
 
 
 @dataclass(frozen=True)
@@ -71,30 +73,82 @@ def cell_of(row: Cell) -> Cell:
 class Table(Generic[Row]):
     """Rows of one kind in a CSV file that only grows: whatever happens to the process, what is in it stays.
 
-    A line that was cut short is no row, and goes when the next is written. Raises ValueError for other columns.
+    Several processes may add rows to one file. A line that was cut short is no row, and goes when the next is written.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it has other columns, or a row (which the error names) has a cell too many, too few or of another
+            type.
     """
 
     def __init__(self, path: Path, kind: type[Row]) -> None:
-        self.path = path
+        self.path, self.kind = path, kind
         self.heads = [f.name for f in fields(kind)]
         self.rows: list[Row] = []
-        content = path.read_bytes() if path.exists() else b""
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Reads the rows again, since another process may have added some."""
+        content = self.path.read_bytes() if self.path.exists() else b""
         lines = list(csv.reader(io.StringIO(content[: content.rfind(b"\n") + 1].decode())))
         if lines and lines[0] != self.heads:
-            raise ValueError(f"{path} has columns {lines[0]}, expected {self.heads}")
-        for line in lines[1:]:
-            self.rows.append(kind(*(f.type(text) for f, text in zip(fields(kind), line))))  # type: ignore[operator]
+            raise ValueError(f"{self.path} has columns {lines[0]}, expected {self.heads}")
+        self.rows = [self._row(number, line) for number, line in enumerate(lines[1:], 1)]
+
+    def _row(self, number: int, line: list[str]) -> Row:
+        try:
+            return self.kind(*(f.type(text) for f, text in zip(fields(self.kind), line, strict=True)))  # type: ignore[operator]
+        except ValueError as error:
+            raise ValueError(f"{self.path}, row {number}: {error}") from error
 
     def add(self, rows: Iterable[Row]) -> None:
         """Appends rows in one write: all of them are in the file, or none is."""
-        new, text = list(rows), io.StringIO()
+        text = io.StringIO()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab+") as file:
+            _fcntl().lockf(file, _fcntl().LOCK_EX)  # waits while another process writes; the end of `with` unlocks
             file.seek(0)
             whole = file.read().rfind(b"\n") + 1
             file.truncate(whole)
-            csv.writer(text, lineterminator="\n").writerows([self.heads] * (not whole) + [astuple(row) for row in new])  # type: ignore[arg-type]
+            csv.writer(text, lineterminator="\n").writerows([self.heads] * (not whole) + [astuple(row) for row in rows])  # type: ignore[arg-type]
             file.write(text.getvalue().encode())
             file.flush()
             os.fsync(file.fileno())
-        self.rows += new
+
+
+@contextlib.contextmanager
+def claim(folder: Path, cell: Cell) -> Iterator[bool]:
+    """Claims a run for this process: yields True, or False where another process has claimed it.
+
+    A claim is a lock on one byte of the folder's file LOCK, which stays empty; the cell's digest says on which. The
+    system drops the lock when the process ends, however it ends, so that a run that was killed can be run again. A
+    process claims one run at a time.
+
+    Raises:
+        OSError: the file system has no locks.
+        RuntimeError: the platform has no locks.
+    """
+    byte = int.from_bytes(hashlib.sha256(repr(astuple(cell)).encode()).digest()[:7])
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "ab") as file:
+        try:
+            _fcntl().lockf(file, _fcntl().LOCK_EX | _fcntl().LOCK_NB, 1, byte)
+            mine = True
+        except (BlockingIOError, PermissionError):  # both stand for a lock that another process holds
+            mine = False
+        except OSError as error:
+            raise OSError(
+                f"{folder / LOCK} cannot be locked ({error}): choose a folder on another file system"
+            ) from error
+        yield mine
+
+
+def _fcntl() -> Any:
+    """The module fcntl. Raises RuntimeError where there is none."""
+    try:
+        import fcntl
+    except ImportError as error:
+        raise RuntimeError(
+            "a study locks its files with fcntl, which this platform does not have: run it on Linux or macOS"
+        ) from error
+    return fcntl
