@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import math
+import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -223,6 +224,8 @@ def _memory(device: str) -> Iterator[dict[str, int]]:
         found["net"] = torch.cuda.memory_allocated() - start
         found["peak"] = torch.cuda.max_memory_allocated() - start
         return
+    # The profiler's library reports its every start and stop on stderr; above 5 it is silent. It reads this once.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         yield found
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
