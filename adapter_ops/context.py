@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
+import torch
+
 _SCOPE: ContextVar["Scope"] = ContextVar("adapter_ops")
 _keys = itertools.count()
 _NO_LAYERS: frozenset[int] = frozenset()
@@ -57,9 +59,20 @@ class Selection:
         self.key = next(_keys)
         self.default = state["default"]
 
+    def _innermost(self) -> Choice | None:
+        choice = _NOTHING.current.choices.get(self.key)
+        if choice is not None or torch.compiler.is_compiling() or torch._C._current_graph_task_id() < 0:
+            return choice
+        # A checkpointed layer runs again in backward: on a GPU in a thread of autograd's, where PyTorch keeps the
+        # context of the thread that called backward.
+        if not torch._C._is_key_in_tls("context"):
+            return None
+        scope = torch._C._get_obj_in_tls("context").get(_SCOPE)
+        return None if scope is None else scope.choices.get(self.key)
+
     def task(self) -> Any:
         """The task that a call made here and now runs, or None."""
-        choice = _NOTHING.current.choices.get(self.key)
+        choice = self._innermost()
         while choice is not None:
             if choice.live and choice.decides:
                 return choice.task
@@ -68,7 +81,7 @@ class Selection:
 
     def skipped(self) -> frozenset[int]:
         """Numbers of the layers whose adapters are left out."""
-        choice = _NOTHING.current.choices.get(self.key)
+        choice = self._innermost()
         layers = _NO_LAYERS
         while choice is not None:
             if choice.live:

@@ -8,6 +8,7 @@ its `Selection` which task this call runs. What a call has to remember is kept i
 
 import inspect
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,27 @@ from .layers import AdapterLayer
 
 
 class _Frames(threading.local):
-    inputs: dict[str, Tensor] | None = None  # inputs of sublayers that wait for their outputs, by site
+    """Inputs of sublayers that wait for their sublayer's output, by site: of the innermost `Frame` of this thread.
+
+    transformers checkpoints the forward of a layer's class, so what runs again in backward is in no frame. The input is
+    held weakly then: the layer keeps it for its skip connection, and if the layer fails nothing else does.
+    """
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, Tensor] | None = None
+        self.loose: dict[str, Any] = {}
+
+    def keep(self, site: str, r: Tensor) -> None:
+        if self.inputs is not None:
+            self.inputs[site] = r
+        else:
+            self.loose[site] = r if torch.compiler.is_compiling() else weakref.ref(r)
+
+    def take(self, site: str) -> Tensor | None:
+        if self.inputs is not None:
+            return self.inputs.pop(site, None)
+        r = self.loose.pop(site, None)
+        return r() if isinstance(r, weakref.ref) else r
 
 
 _FRAMES = _Frames()
@@ -45,14 +66,8 @@ class Slot:
     def on_entry(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keeps the sublayer's input for adapters that read it."""
         layer = self.running()
-        if layer is None or not layer.reads_input:
-            return
-        if _FRAMES.inputs is None:
-            raise RuntimeError(
-                f"{self.site.entry!r} was called by itself, but the adapter at {self.site.name!r} reads the sublayer's "
-                f"input: call the module that contains both {self.site.entry!r} and {self.site.output!r}"
-            )
-        _FRAMES.inputs[self.site.name] = args[0] if args else kwargs["hidden_states"]
+        if layer is not None and layer.reads_input:
+            _FRAMES.keep(self.site.name, args[0] if args else kwargs["hidden_states"])
 
     def on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Adds what the adapter makes of the sublayer's output or input."""
@@ -63,7 +78,7 @@ class Slot:
         if layer.reads == "output":
             y = layer(h, h)
         else:
-            r = None if _FRAMES.inputs is None else _FRAMES.inputs.pop(self.site.name, None)
+            r = _FRAMES.take(self.site.name)
             if r is None:
                 raise RuntimeError(
                     f"the adapter at {self.site.name!r} reads the sublayer's input, but {self.site.entry!r} was not "

@@ -424,7 +424,10 @@ def train_adapter(model: nn.Module, name: str) -> None:
         )
     set_active_adapter(model, name)
     reshard(adapters.model)
-    adapters.model.requires_grad_(False)
+    for _, parameter in base_parameters(adapters.model):
+        parameter.requires_grad_(False)
+    for other in adapters.names:
+        adapters.task(other).freeze()
     adapters.task(name).requires_grad_(True)
 
 

@@ -13,7 +13,7 @@ from .functional import DTYPES
 from .hooks import Bound, Slot
 from .integrations.transformers import Site
 from .layers import AdapterLayer
-from .sharding import unshard_copies
+from .sharding import check_shardable, reshard, unshard_copies
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -57,10 +57,20 @@ class Task(nn.Module):
         self.reads_input = any(layer.reads_input for layer in layers.values())
         self.adapters = nn.ModuleDict({key_of(name): layer for name, layer in layers.items()})
         self.copies = nn.ModuleDict({key_of(path): module for path, module in copies.items()})
+        self._holders = [module._parameters for module in self.modules() if module._parameters]
 
     def replace_copy(self, path: str, module: nn.Module) -> None:
         self.copy_at[path] = module
         self.copies[key_of(path)] = module
+        self._holders = [module._parameters for module in self.modules() if module._parameters]
+
+    def freeze(self) -> None:
+        """What `requires_grad_(False)` does, without a walk over the modules: with hundreds of tasks in a model that
+        would be most of what it takes to load one more."""
+        for parameters in self._holders:
+            for parameter in parameters.values():
+                if parameter is not None and parameter.requires_grad:
+                    parameter.requires_grad_(False)
 
 
 def copy_modules(model: nn.Module, paths: Iterable[str], ours: Iterable[Any]) -> dict[str, nn.Module]:
@@ -72,6 +82,9 @@ def copy_modules(model: nn.Module, paths: Iterable[str], ours: Iterable[Any]) ->
     Raises:
         ValueError: a module that cannot be copied, or whose parameters cannot be trained; before anything changed.
     """
+    paths = list(paths)
+    reshard(model)
+    check_shardable(model, paths)
     memo: dict[int, Any] = {id(thing): thing for thing in ours}
     copies: dict[str, nn.Module] = {}
     for path in paths:
