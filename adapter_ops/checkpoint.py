@@ -17,7 +17,7 @@ from .functional import DTYPES
 from .inject import _LOCK, adapters_of, attach, build, check_new, labels_of, plan, root_of, train_adapter
 from .integrations.transformers import Place, Site, base_modules, base_parameters, find_bodies, find_models
 from .parameters import Labels, Task, beside, output_of, resize
-from .sharding import fill, full, is_writer
+from .sharding import fill, full, one_writer, reshard
 
 _DIGEST_TENSORS, _DIGEST_ELEMENTS = 8, 4096
 
@@ -59,6 +59,7 @@ def task_state_dict(model: nn.Module, name: str) -> dict[str, Tensor]:
     >>> load_task_state_dict(model, "cola", torch.load("cola.pt"))  # doctest: +SKIP
     """
     adapters = adapters_of(model, name)
+    reshard(adapters.model)
     tensors = _live(adapters.task(name), _Paths(adapters.model, adapters.sites))
     return {key: full(t.detach()) for key, t in tensors.items()}
 
@@ -71,6 +72,7 @@ def load_task_state_dict(model: nn.Module, name: str, state: Mapping[str, Tensor
     floating point where the task's are; the task is then as it was.
     """
     adapters = adapters_of(model, name)
+    reshard(adapters.model)
     tensors = _live(adapters.task(name), _Paths(adapters.model, adapters.sites))
     for what, keys in (("lacks", tensors.keys() - state.keys()), ("has unknown", state.keys() - tensors.keys())):
         if keys:
@@ -92,7 +94,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str) ->
     """Writes a task: its adapters, its LayerNorms if trained, and its other modules such as the head.
 
     An interrupted save leaves the old task or the new one, whole (see `files.write`). Of the processes that share a
-    sharded model all have to call this, and the first one writes.
+    sharded model all have to call this; the first one writes, and all return when the files are in place.
 
     Args:
         model: also as torch.compile, DistributedDataParallel, FSDP2 or PEFT return it.
@@ -119,8 +121,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str) ->
         "labels": None if labels is None else _labels(labels),
         "config": json.loads(task.config.to_json()),
     }
-    if is_writer():
-        files.write(folder, header, tensors)
+    with one_writer(task) as writes:
+        if writes:
+            files.write(folder, header, tensors)
 
 
 def load_adapter(

@@ -226,6 +226,7 @@ def build(
     """A new task for the model, frozen and outside of it. `device`: where the adapters' parameters are made, instead
     of beside the modules that they follow. See `add_adapter` for the errors."""
     root, found = root_of(model), _find(model)
+    reshard(root)  # or parameters would be read in the dtype that a forward has left them in
     own, norms = belongings(root, config, heads)
     layers = {}
     for site in sites:

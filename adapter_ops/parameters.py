@@ -13,7 +13,7 @@ from .functional import DTYPES
 from .hooks import Bound, Slot
 from .integrations.transformers import Site
 from .layers import AdapterLayer
-from .sharding import check_shardable, reshard, unshard_copies
+from .sharding import check_shardable, unshard_copies
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -83,7 +83,6 @@ def copy_modules(model: nn.Module, paths: Iterable[str], ours: Iterable[Any]) ->
         ValueError: a module that cannot be copied, or whose parameters cannot be trained; before anything changed.
     """
     paths = list(paths)
-    reshard(model)
     check_shardable(model, paths)
     memo: dict[int, Any] = {id(thing): thing for thing in ours}
     copies: dict[str, nn.Module] = {}
