@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,7 +22,7 @@ class AdapterConfig:
     erf GELU, truncated normal with σ = 1e-2, LayerNorms trained with the task.
 
     Args:
-        bottleneck: R, or a map from layer number (as a string) to R with a "default". Give this or
+        bottleneck: R, at least 1, or a map from numbers of layers to R with a "default". Give this or
             `reduction_factor`.
         reduction_factor: R = max(1, int(hidden size / factor)), or a map as above.
         placement: ("attention", "ffn"), either alone, or "parallel": beside the feed-forward layer, fed with its input.
@@ -38,7 +39,8 @@ class AdapterConfig:
         leave_out: numbers of layers without adapters.
         ln_before: the adapter reads what the layer's own LayerNorm makes of its input (AdapterHub's
             `original_ln_before`); where no LayerNorm follows the sublayer, the sum with the skip connection.
-        ln_after: the layer's LayerNorm runs after the adapter (AdapterHub's `original_ln_after`).
+        ln_after: the layer's LayerNorm runs after the adapter (AdapterHub's `original_ln_after`). With "parallel" this
+            field and `ln_before` keep their defaults.
         residual: what the adapter adds to: "output" of the sublayer, or its own "input".
 
     Raises:
@@ -72,29 +74,25 @@ class AdapterConfig:
             raise ValueError(
                 f"bottleneck {self.bottleneck} and reduction_factor {self.reduction_factor}: give one of the two"
             )
-        for name, least in (("bottleneck", 1), ("reduction_factor", 0)):
+        self._check_sizes("bottleneck", whole=True)
+        self._check_sizes("reduction_factor", whole=False)
+        for name in ("scale", "init_std", "dropout"):
             value = getattr(self, name)
-            sizes = value.values() if isinstance(value, Mapping) else () if value is None else (value,)
-            if not all(_is_number(s) and s >= least and 0 < s <= _LARGEST for s in sizes):
-                raise ValueError(f"{name} is {value}, expected numbers over {least - (least == 1)}, up to {_LARGEST}")
-            if isinstance(value, Mapping) and not all(n == "default" or str(n).isdigit() for n in value):
-                raise ValueError(f"{name} has the keys {list(value)}, expected numbers of layers and 'default'")
-            if isinstance(value, Mapping) and "default" not in value:
-                raise ValueError(f"{name} {dict(value)} has no entry 'default'")
-            if isinstance(value, Mapping):  # JSON knows no numbers as keys
-                object.__setattr__(self, name, {str(layer): size for layer, size in value.items()})
-        if not isinstance(self.placement, str):  # and no tuples
-            object.__setattr__(self, "placement", tuple(self.placement))
-        object.__setattr__(self, "leave_out", tuple(self.leave_out))
-        if not all(type(layer) is int for layer in self.leave_out):
-            raise ValueError(f"leave_out is {self.leave_out!r}, expected numbers of layers")
-        places = (self.placement,) if isinstance(self.placement, str) else self.placement
-        if self.placement != "parallel" and (not places or not set(places) <= set(PLACES)):
-            raise ValueError(f"placement is {self.placement!r}, known: some of {PLACES}, or 'parallel'")
+            if isinstance(value, numbers.Real):  # of numpy, perhaps, which JSON and the kernels do not take
+                if not _is_number(value):
+                    raise ValueError(f"{name} is {value}, expected a finite number")
+                object.__setattr__(self, name, float(value))
+            elif name != "scale":
+                raise ValueError(f"{name} is {value!r}, expected a finite number")
+        if self.placement != "parallel":
+            places = self._as_tuple("placement", str)
+            if not places or not set(places) <= set(PLACES):
+                raise ValueError(f"placement is {self.placement!r}, known: some of {PLACES}, or 'parallel'")
+        self._as_tuple("leave_out", int)
+        if not isinstance(self.activation, str):
+            raise ValueError(f"activation is {self.activation!r}, expected a name")
         find_activation(self.activation)
-        if isinstance(self.scale, (int, float)) and not _is_number(self.scale):
-            raise ValueError(f"scale is {self.scale}, expected a finite number, 'learned' or 'channel'")
-        if not isinstance(self.scale, (int, float)):
+        if not isinstance(self.scale, float):
             self._known("scale", "learned", "channel")
         self._known("init", "houlsby", "bert", "mam")
         self._known("layer_norms", "train", "frozen")
@@ -105,18 +103,46 @@ class AdapterConfig:
             raise ValueError(f"depth is {self.depth}, must be a whole number from 1 to {_DEEPEST}")
         for name in ("ln_before", "ln_after"):
             self._known(name, True, False)
-        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
+        if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, must be in [0, 1)")
         if not (self.ln_after or self.ln_before):
             raise ValueError("ln_after=False without ln_before=True would leave the layer without its LayerNorm")
-        if not (_is_number(self.init_std) and self.init_std > 0):
-            raise ValueError(f"init_std is {self.init_std}, must be positive and finite")
+        if not self.init_std > 0:
+            raise ValueError(f"init_std is {self.init_std}, must be positive")
         if self.placement == "parallel" and (self.ln_before or not self.ln_after):
             raise ValueError(
                 f"placement='parallel' with ln_before={self.ln_before}, ln_after={self.ln_after}: an adapter beside "
                 "the feed-forward layer reads that layer's input, so no LayerNorm stands before it, and the layer's "
                 "own comes after it. Leave both fields at their defaults"
             )
+
+    def _check_sizes(self, name: str, whole: bool) -> None:
+        """Checks a size or a map of sizes, and gives a map strings as keys, since JSON knows no numbers there."""
+        value = getattr(self, name)
+        if value is None:
+            return
+        sizes = value if isinstance(value, Mapping) else {"default": value}
+        kind: Any = numbers.Integral if whole else numbers.Real
+        what = "whole numbers from 1" if whole else "numbers over 0"
+        for key, size in sizes.items():
+            if key != "default" and not str(key).isdigit():
+                raise ValueError(f"{name} has the key {key!r}, expected numbers of layers and 'default'")
+            if not (isinstance(size, kind) and _is_number(size) and 0 < size <= _LARGEST):
+                raise ValueError(f"{name} is {value!r}, expected {what} up to {_LARGEST}")
+        if "default" not in sizes:
+            raise ValueError(f"{name} {dict(sizes)} has no entry 'default'")
+        convert = int if whole else float
+        plain = {str(key): convert(size) for key, size in sizes.items()}
+        object.__setattr__(self, name, plain if isinstance(value, Mapping) else plain["default"])
+
+    def _as_tuple(self, name: str, kind: type) -> tuple[Any, ...]:
+        """Makes a tuple of a field, since JSON has lists only."""
+        value = getattr(self, name)
+        if not isinstance(value, (list, tuple)) or not all(type(item) is kind for item in value):
+            what = "names of places" if kind is str else "numbers of layers"
+            raise ValueError(f"{name} is {value!r}, expected a tuple of {what}")
+        object.__setattr__(self, name, tuple(value))
+        return tuple(value)
 
     def _known(self, name: str, *known: Any) -> None:
         if getattr(self, name) not in known:
@@ -126,10 +152,13 @@ class AdapterConfig:
         """The bottleneck of a layer."""
         if self.bottleneck is not None:
             return int(_of_layer(self.bottleneck, layer))
-        size = max(1, int(hidden_size // _of_layer(self.reduction_factor, layer)))
-        if size > _LARGEST:
-            raise ValueError(f"reduction_factor {self.reduction_factor} of hidden size {hidden_size} is over {_LARGEST}")
-        return size
+        quotient = hidden_size // _of_layer(self.reduction_factor, layer)
+        if not quotient <= _LARGEST:
+            raise ValueError(
+                f"hidden size {hidden_size} over reduction_factor {self.reduction_factor} is {quotient}, the limit is "
+                f"{_LARGEST}"
+            )
+        return max(1, int(quotient))
 
     def at(self, place: str, layer: int) -> bool:
         """Whether a layer has an adapter at a place."""
@@ -161,7 +190,11 @@ class AdapterConfig:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a number is finite, and no bool, which Python counts among the whole numbers."""
+    try:
+        return not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number over the largest float
+        return False
 
 
 def _of_layer(value: Any, layer: int) -> Any:

@@ -344,6 +344,7 @@ def test_unknown_names_and_models():
         ({"reduction_factor": -1.0}, "reduction_factor is -1.0"),
         ({"bottleneck": {"1": 4}}, "no entry 'default'"),
         ({"placement": ("mlp",)}, "placement is"),
+        ({"placement": "ffn"}, "placement is 'ffn', expected a tuple"),
         ({"placement": ()}, "placement is"),
         ({"activation": "gelo"}, "unknown activation"),
         ({"scale": "chanel"}, "scale is 'chanel', known: 'learned', 'channel'"),
