@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import files
 from .config import AdapterConfig
 from .functional import DTYPES
-from .inject import _LOCK, adapters_of, attach, build, check_new, labels_of, plan, root_of, train_adapter
+from .inject import LOCK, adapters_of, attach, build, check_new, labels_of, plan, root_of, train_adapter
 from .integrations.transformers import Place, Site, base_modules, base_parameters, find_bodies, find_models
 from .parameters import Labels, Task, beside, output_of, resize
 from .sharding import fill, full, one_writer, reshard
@@ -160,7 +160,7 @@ def load_adapter(
     Warns:
         UserWarning: the base has other weights than the one that the task was trained on, unless `strict`.
     """
-    with _LOCK:
+    with LOCK:
         return _load(model, folder, name, modules, places, strict, check_finite)
 
 

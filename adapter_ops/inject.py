@@ -37,7 +37,7 @@ from .parameters import Labels, Task, beside, copy_modules, key_of, output_of
 from .sharding import reshard, shard_like
 from .wrappers import around, holder_of, holders, is_data_parallel, unwrap
 
-_LOCK = threading.RLock()  # of every change to which tasks a model has
+LOCK = threading.RLock()  # of every change to which tasks a model has
 
 
 class Adapters(nn.Module):
@@ -170,7 +170,7 @@ def add_adapter(
         UserWarning: parameters outside the base that belong to no head and so stay frozen, unless `modules` is given;
             a DistributedDataParallel wrapper, which does not know the new parameters.
     """
-    with _LOCK:
+    with LOCK:
         insert(model, name, config, modules, places)
         train_adapter(model, name)
 
@@ -183,7 +183,7 @@ def insert(
     places: Mapping[str, str | Place] | None = None,
 ) -> None:
     """`add_adapter` without the last step: the task is there, inactive and frozen, and nothing else has changed."""
-    with _LOCK:
+    with LOCK:
         config = preset(config)
         check_new(model, name)
         sites = plan(model, config, places)
@@ -313,7 +313,7 @@ def rebind(adapters: Adapters, task: Task, name: str | None) -> None:
                 f"the model has no module {path!r} any more, of which the task {name!r} has its own"
             ) from None
         if known.module is not module:
-            with _LOCK:
+            with LOCK:
                 adapters.switch(path)
 
 
@@ -438,7 +438,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 
     Raises ValueError for an unknown name.
     """
-    with _LOCK:
+    with LOCK:
         adapters = adapters_of(model, name)
         if adapters.selection.default is adapters.task(name):
             adapters.selection.set_default(None)

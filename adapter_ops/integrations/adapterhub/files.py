@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ...config import AdapterConfig
 from ...files import _alive, _host, kind_of
 from ...functional import DTYPES
-from ...inject import _LOCK, adapters_of, attach, build, check_new, plan, root_of, train_adapter
+from ...inject import LOCK, adapters_of, attach, build, check_new, plan, root_of, train_adapter
 from ...sharding import full, is_writer
 from ..transformers import Site, find_sites
 from .config import read_config, write_config
@@ -91,7 +91,7 @@ def load_adapterhub(model: nn.Module, folder: str | os.PathLike[str], name: str 
         _check_tensor(f"{key!r} in {weights}", found[key], shapes[place][ours])
         states.setdefault(place, {})[ours] = found[key]
     name = info["name"] if name is None else name
-    with _LOCK:
+    with LOCK:
         check_new(model, name)
         task = build(model, config, sites, ())
         for place, layer in task.layer_at.items():
