@@ -23,14 +23,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from .strict_json import check, parse, short
+
 CONFIG_FILE, WEIGHTS_FILE, FORMAT = "adapter_ops.json", "adapter_ops.safetensors", 2
 METADATA = "adapter_ops"  # the entry of the weights file's metadata that is the header
 
 Kind = Literal["adapter_ops", "adapter_ops_1", "adapterhub", "peft"]
 _OURS: dict[str, Kind] = {METADATA: "adapter_ops", "adapter_config": "adapter_ops_1"}  # by an entry of the metadata
 
-# Patterns for `_check`: a type; (pattern, None) where null is allowed; [pattern] for every item of a list;
-# {str: pattern} for every value of an object; or a dictionary of an object's fields and their patterns.
+# Patterns for `strict_json.check`, of the header and of a tensor's entry.
 _HEADER = {
     "format": int,
     "library": str,
@@ -48,7 +49,6 @@ _HEADER = {
     "labels": ({"num_labels": int, "id2label": ({str: str}, None), "problem_type": (str, None)}, None),
 }
 _ENTRY = {"dtype": str, "shape": [int], "data_offsets": [int]}
-_WORDS = {int: "a whole number", str: "a string", dict: "an object", list: "a list"}
 
 # The dtypes of tensors, under safetensors' names. I64 is for the counter of a BatchNorm only.
 _DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
@@ -57,7 +57,6 @@ _FLOATS = tuple(name for dtype, name in _DTYPES.items() if dtype.is_floating_poi
 _COUNTER = "num_batches_tracked"
 
 _HEADER_LIMIT = 16 * 2**20  # bytes, enough for a hundred thousand tensors
-_JSON_DEPTH = 32
 _NAME_LIMIT = 1000
 _DIMENSIONS = 8
 _DAY = 24 * 60 * 60  # seconds
@@ -205,12 +204,12 @@ def _read_head(file: BinaryIO, size: int, path: Path) -> _Head:
     if METADATA not in metadata:
         raise _refusal(path.parent)
     where = f"the header of {path}"
-    header = _parse(metadata[METADATA], where)
+    header = parse(metadata[METADATA], where)
     number = header.get("format") if isinstance(header, dict) else None
     if type(number) is int and number != FORMAT:
         newer = ": update adapter_ops" if number > FORMAT else ""
         raise ValueError(f"{path} is of format {number}, and this version of adapter_ops reads format {FORMAT}{newer}")
-    _check(header, _HEADER, where)
+    check(header, _HEADER, where)
     size -= len(raw)
     shapes: dict[str, tuple[int, ...]] = {}
     spans = []
@@ -218,7 +217,7 @@ def _read_head(file: BinaryIO, size: int, path: Path) -> _Head:
         if len(name) > _NAME_LIMIT:
             raise ValueError(f"{path} has a tensor whose name has {len(name)} characters, the limit is {_NAME_LIMIT}")
         where = f"the entry of {name!r} in {path}"
-        _check(entry, _ENTRY, where)
+        check(entry, _ENTRY, where)
         dtype, shape, offsets = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         _check_dtype(name, dtype, path)
         if len(shape) > _DIMENSIONS or any(n < 0 for n in shape) or math.prod(max(n, 1) for n in shape) >= 2**63:
@@ -247,88 +246,17 @@ def _read_entries(file: BinaryIO, size: int, path: Path) -> tuple[bytes, dict[st
         raise ValueError(f"{path} has a header of {length} bytes, the limit is {_HEADER_LIMIT}")
     raw = file.read(length)
     where = f"the safetensors header of {path}"
-    entries = _parse(raw, where)
-    _check(entries, {str: dict}, where)
+    entries = parse(raw, where)
+    check(entries, {str: dict}, where)
     metadata = entries.pop("__metadata__", {})
-    _check(metadata, {str: str}, where)
+    check(metadata, {str: str}, where)
     return start + raw, entries, metadata
-
-
-def _parse(text: str | bytes, where: str) -> Any:
-    """The value of a JSON text without the leniences of Python's parser."""
-    try:
-        text = text if isinstance(text, str) else text.decode("utf-8")
-        value = json.loads(
-            text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite, parse_int=_int64
-        )
-    except RecursionError:
-        raise ValueError(f"{where} nests deeper than {_JSON_DEPTH} levels") from None
-    except ValueError as error:
-        raise ValueError(f"{where} is no valid JSON: {error}") from error
-    level = [value]
-    for _ in range(_JSON_DEPTH):
-        level = [
-            item for v in level if isinstance(v, (dict, list)) for item in (v.values() if isinstance(v, dict) else v)
-        ]
-    if level:
-        raise ValueError(f"{where} nests deeper than {_JSON_DEPTH} levels")
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in fields:
-            raise ValueError(f"an object has the key {_short(key)} twice")
-        fields[key] = value
-    return fields
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{_short(text)} is not a finite number")
-    return number
-
-
-def _int64(text: str) -> int:
-    if len(text) > 20 or not -(2**63) <= int(text) < 2**63:
-        raise ValueError(f"{_short(text)} does not fit into 64 bits")
-    return int(text)
-
-
-def _check(value: Any, pattern: Any, where: str) -> None:
-    """Raises ValueError where a JSON value does not match a pattern; see `_HEADER`."""
-    if isinstance(pattern, tuple):
-        if value is None:
-            return
-        pattern = pattern[0]
-    kind = pattern if isinstance(pattern, type) else type(pattern)
-    found: Any = type(value)
-    if found is not kind:  # isinstance would take True for a whole number
-        raise ValueError(f"{where} is {_short(value)}, expected {_WORDS[kind]}")
-    if isinstance(pattern, list):
-        for i, item in enumerate(value):
-            _check(item, pattern[0], f"{where}, item {i}")
-    elif isinstance(pattern, dict) and str in pattern:
-        for key, item in value.items():
-            _check(item, pattern[str], f"{where}, key {_short(key)}")
-    elif isinstance(pattern, dict):
-        for field, inner in pattern.items():
-            if field not in value:
-                raise ValueError(f"{where} lacks the field {field!r}")
-            _check(value[field], inner, f"{where}, field {field!r}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}…"
 
 
 def _check_dtype(name: str, dtype: str, path: Path) -> None:
     expected = ("I64",) if name.rpartition(".")[2] == _COUNTER else _FLOATS
     if dtype not in expected:
-        raise ValueError(f"{name} in {path} has dtype {_short(dtype)}, expected {' or '.join(expected)}")
+        raise ValueError(f"{name} in {path} has dtype {short(dtype)}, expected {' or '.join(expected)}")
 
 
 def _compare(head: _Head, expected: Mapping[str, tuple[int, ...]], path: Path) -> set[str]:
@@ -421,7 +349,7 @@ def _identify(folder: Path) -> tuple[Kind | None, Path, dict[str, Any]]:
         if path.is_file():
             with open(path, "rb") as file, contextlib.suppress(ValueError):
                 if path.suffix == ".json":
-                    fields = _parse(file.read(_HEADER_LIMIT), str(path))
+                    fields = parse(file.read(_HEADER_LIMIT), str(path))
                     kind = _kind_of_fields(fields)
                 else:  # the other libraries' weights say nothing about themselves
                     fields = _read_entries(file, os.fstat(file.fileno()).st_size, path)[2]
@@ -454,7 +382,7 @@ def _refusal(folder: Path) -> Exception:
         )
     if kind == "peft":
         return ValueError(
-            f"{path} belongs to a PEFT adapter (peft_type {_short(fields['peft_type'])}), which adapter_ops does not "
+            f"{path} belongs to a PEFT adapter (peft_type {short(fields['peft_type'])}), which adapter_ops does not "
             "read: load it with the package peft"
         )
     if kind == "adapter_ops_1":

@@ -24,11 +24,15 @@ from ...files import _alive, _host, kind_of
 from ...functional import DTYPES
 from ...inject import LOCK, adapters_of, attach, build, check_new, plan, root_of, train_adapter
 from ...sharding import full, is_writer
+from ...strict_json import check, parse
 from ..transformers import Site, find_sites
 from .config import read_config, write_config
 
 CONFIG_FILE, WEIGHTS_FILE, SAFE_WEIGHTS_FILE = "adapter_config.json", "pytorch_adapter.bin", "adapter.safetensors"
 FORMAT = "adapters.1.3.0"  # the version of the package whose folders these are
+
+# The fields of an adapter_config.json that are read here, as a pattern for `strict_json.check`.
+_FIELDS = {"config": dict, "name": str, "model_type": str, "hidden_size": int}
 
 # Where a family's keys put its adapters: inside the module around Site.output, or beside the layer's other modules.
 _INSIDE = frozenset({"bert", "roberta", "xlm-roberta", "electra", "deberta-v2", "t5"})
@@ -67,7 +71,7 @@ def load_adapterhub(model: nn.Module, folder: str | os.PathLike[str], name: str 
     """
     folder = Path(folder)
     text, weights, data = _read(folder)
-    info = _parse(folder, text)
+    info = _fields(folder, text)
     root = root_of(model)
     for key in ("model_type", "hidden_size"):
         ours = getattr(getattr(root, "config", None), key, None)
@@ -251,21 +255,15 @@ def _not_here(folder: Path) -> ValueError | None:
     return ValueError(f"{folder} holds {what} and no adapter of AdapterHub: {instead}")
 
 
-def _parse(folder: Path, text: bytes) -> dict[str, Any]:
+def _fields(folder: Path, text: bytes) -> dict[str, Any]:
     """The fields of an adapter_config.json, of which those that are read here have the right types."""
-
-    def refuse(constant: str) -> float:
-        raise ValueError(f"{constant} is no finite number")
-
-    file = folder / CONFIG_FILE
+    what = f"{folder / CONFIG_FILE} is no adapter's config"
+    info: dict[str, Any] = parse(text, f"{what}: it")
     try:
-        info = json.loads(text, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is no adapter's config: {type(error).__name__}: {error}") from error
-    types = {"config": dict, "name": str, "model_type": str, "hidden_size": int}
-    if not isinstance(info, dict) or not all(isinstance(info.get(field), kind) for field, kind in types.items()):
-        wanted = ", ".join(f"{field} ({kind.__name__})" for field, kind in types.items())
-        raise _not_here(folder) or ValueError(f"{file} is no adapter's config, which has the fields {wanted}")
+        check(info, _FIELDS, CONFIG_FILE)
+    except ValueError as error:
+        wanted = ", ".join(f"{field} ({kind.__name__})" for field, kind in _FIELDS.items())
+        raise _not_here(folder) or ValueError(f"{what}, which has the fields {wanted}: {error}") from error
     return info
 
 
