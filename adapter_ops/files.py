@@ -107,7 +107,7 @@ def write(folder: str | os.PathLike[str], header: Mapping[str, Any], tensors: Ma
         if (folder / name).is_dir():
             raise IsADirectoryError(f"{folder / name} is a folder, so no file can be written in its place")
     _remove_leftovers(folder)
-    mark = f"{os.getpid()}.{_host()}{secrets.token_hex(8)}.tmp"
+    mark = f"{os.getpid()}.{host()}{secrets.token_hex(8)}.tmp"
     contents = {WEIGHTS_FILE: data, CONFIG_FILE: config}
     temporary = {name: folder / f".{name}.{mark}" for name in contents}
     try:
@@ -297,8 +297,8 @@ def _dense(name: str, t: Tensor, path: Path) -> Tensor:
     return copy
 
 
-def _host() -> str:
-    """Eight digits that differ between hosts, and between containers that number processes by themselves."""
+def host() -> str:
+    """Returns eight hexadecimal digits that identify this host, or this container if it numbers its own processes."""
     try:
         processes = os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -308,19 +308,19 @@ def _host() -> str:
 
 def _remove_leftovers(folder: Path) -> None:
     """Removes temporary files of saves that were killed: of dead processes of this host, and of others after a day."""
-    host, now = _host(), time.time()
+    here, now = host(), time.time()
     for entry in os.scandir(folder):
         found = _TEMPORARY.fullmatch(entry.name)
         with contextlib.suppress(OSError):  # another save removed it first, or it belongs to another user
             if found and (
-                (found[2] == host and not _alive(int(found[1])))
+                (found[2] == here and not alive(int(found[1])))
                 or now - entry.stat(follow_symlinks=False).st_mtime > _DAY
             ):
                 os.unlink(entry.path)
 
 
-def _alive(process: int) -> bool:
-    """Whether a process of this host runs, or may run."""
+def alive(process: int) -> bool:
+    """Returns whether the process with this number runs on this host, or may run: True where that cannot be known."""
     if os.name == "nt":
         return True  # os.kill would end it
     try:

@@ -650,7 +650,7 @@ def temporary(folder, process, host, file=WEIGHTS_FILE, age=0.0):
 def test_only_temporary_files_that_nobody_needs_are_removed(tmp_path):
     ended = start(time.sleep, 0)
     ended.join()
-    here, elsewhere, day = files._host(), "00000000", 24 * 3600
+    here, elsewhere, day = files.host(), "00000000", 24 * 3600
     needed = [
         temporary(tmp_path, os.getpid(), here),  # this process, another thread
         temporary(tmp_path, os.getppid(), here, CONFIG_FILE),

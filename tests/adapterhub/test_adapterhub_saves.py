@@ -49,7 +49,7 @@ def test_leftovers_of_dead_saves_are_removed(folder, monkeypatch):
     """Of dead processes, and what is an hour old; nothing of a living process, of another host or of others' names."""
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    host, random_part = files._host(), "0123456789abcdef"
+    host, random_part = files.host(), "0123456789abcdef"
     other_host = "f" * 8 if host != "f" * 8 else "0" * 8
     here = folder.parent
     gone = here / f".a.{dead.pid}.{host}{random_part}.tmp"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ...config import AdapterConfig
-from ...files import _alive, _host, kind_of
+from ...files import alive, host, kind_of
 from ...functional import DTYPES
 from ...inject import LOCK, adapters_of, attach, build, check_new, plan, root_of, train_adapter
 from ...sharding import full, is_writer
@@ -302,7 +302,7 @@ def _check_replaceable(folder: Path) -> None:
 
 def _replace(folder: Path, files: Mapping[str, bytes]) -> None:
     """Puts a folder with these files in the place of whatever is there; on an error, everything is as it was."""
-    mark = f"{os.getpid()}.{_host()}"
+    mark = f"{os.getpid()}.{host()}"
     new, old = (folder.with_name(f".{folder.name}.{mark}{secrets.token_hex(8)}.tmp") for _ in range(2))
     new.mkdir(parents=True)
     try:
@@ -330,7 +330,7 @@ def _remove_leftovers(folder: Path) -> None:
     pattern = re.compile(rf"\.{re.escape(folder.name)}\.([1-9][0-9]{{0,9}})\.([0-9a-f]{{8}})[0-9a-f]{{16}}\.tmp")
     for path in folder.parent.iterdir():
         if found := pattern.fullmatch(path.name):
-            dead = found[2] == _host() and not _alive(int(found[1]))
+            dead = found[2] == host() and not alive(int(found[1]))
             with contextlib.suppress(OSError):  # another save removes it at the same time
                 status = path.stat()  # a folder that was just renamed has a new st_ctime alone
                 if dead or time.time() - max(status.st_mtime, status.st_ctime) > _HOUR:
