@@ -19,6 +19,7 @@ from .kernels.launch import Needs, Options, Weights
 # the tokens takes longer than one more row of a product, unless that product is large itself. The product adds term by
 # term, where the sum is pairwise: 1e-5 off and worse if rows of dy repeat, so only 16-bit gradients are made so.
 _LONG, _THIN, _LARGE = 128, 16, 1 << 21
+_BLOCK = 1024  # rows of an fp32 outer product that are summed at a time
 # Activations that oneDNN applies to a product before it rounds and stores it.
 _EPILOGUES: dict[str, tuple[str, list[Any], str]] = {"gelu": ("gelu", [], "none"), "gelu_tanh": ("gelu", [], "tanh")}
 
@@ -123,12 +124,23 @@ def _linear(x: Tensor, w: Tensor, b: Tensor | None = None, add: Tensor | None = 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:
     """aᵀ · b for a [M, i] and b [M, j], contiguous."""
-    if not _onednn(max(a, b, key=Tensor.numel)):
-        return a.t() @ b
-    fp32 = a.dtype == torch.float32
-    if a.shape[1] > b.shape[1] and (fp32 or b.shape[1] < _THIN):
-        return _outer(b, a).t().contiguous()  # oneDNN wants the longer side last, in bf16 only beside a thin one
-    return torch.ops.mkldnn._linear_pointwise(a.t().contiguous(), b.t(), None, "none", [], "") if fp32 else a.t() @ b
+    if a.dtype == torch.float32 and a.is_cpu and len(a) > _BLOCK:
+        return _outer_in_blocks(a, b)
+    if a.shape[1] > b.shape[1] and b.shape[1] < _THIN and _onednn(max(a, b, key=Tensor.numel)):
+        return _outer(b, a).t().contiguous()  # in bf16 oneDNN wants the longer side last beside a thin one
+    return a.t() @ b
+
+
+def _outer_in_blocks(a: Tensor, b: Tensor) -> Tensor:
+    """`_outer` over blocks of rows, whose products are then summed.
+
+    A long sum that is made term by term in fp32 loses digits, most where rows repeat and every rounding goes the same
+    way. oneDNN makes longer sums than other libraries, so its product is not used here.
+    """
+    whole = len(a) - len(a) % _BLOCK
+    blocks = [t[:whole].unflatten(0, (-1, _BLOCK)) for t in (a, b)]
+    total = torch.bmm(blocks[0].transpose(1, 2), blocks[1]).sum(0)
+    return total if whole == len(a) else total.addmm_(a[whole:].t(), b[whole:])
 
 
 def _outer_and_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """bottleneck_adapter: checks its arguments, then calls ops."""
 
+import math
 from typing import Any, NoReturn
 
 import torch
@@ -34,25 +35,40 @@ def bottleneck_adapter(
             differ from x's: products are taken in x's dtype (under autocast in autocast's), sums in fp32.
         activation: "gelu" (erf), "gelu_tanh", "relu", "silu", "tanh", "sigmoid", "quick_gelu", "leaky_relu",
             "identity", or an alias such as "gelu_new" or "swish".
-        scale: a number, or a tensor of one element or of shape [D], which then gets a gradient.
+        scale: a finite number, or a tensor of one element or of shape [D], which then gets a gradient.
         residual: x's shape; x itself where None.
 
     Returns:
         [..., D] in the dtype that `residual + nn.Linear(...)(...)` would have.
 
     Raises:
-        ValueError: shapes or devices that do not fit, a bottleneck under 1, an unknown activation.
-        TypeError: a dtype that is not one of the four, parameters that differ in dtype, no tensor for a tensor.
-        RuntimeError: the environment variable ADAPTER_OPS_REQUIRE names a path other than the one that would run.
+        ValueError: shapes or devices that do not fit, a bottleneck under 1, an unknown activation, an infinite scale.
+        TypeError: a dtype that is not one of the four, parameters that differ in dtype, no tensor for a tensor, no
+            number for the scale.
+        RuntimeError: the environment variable ADAPTER_OPS_REQUIRE names a path other than the one that would run, or
+            names no path at all.
 
     Which implementation runs, and why, is what `explain` answers. Gradients of gradients work, through PyTorch's own
     operations.
     """
     _check(x, w_down, b_down, w_up, b_up, activation, scale, residual)
-    if isinstance(scale, Tensor) and scale.dim() > 1:
+    if not isinstance(scale, Tensor):
+        weights = Weights(w_down, b_down, w_up, b_up, None)
+        return ops.adapter(x, residual, weights, activation, finite_scale(scale))
+    if scale.dim() > 1:
         scale = scale.reshape(1)
-    weights = Weights(w_down, b_down, w_up, b_up, scale if isinstance(scale, Tensor) else None)
-    return ops.adapter(x, residual, weights, activation, 1.0 if isinstance(scale, Tensor) else scale)
+    return ops.adapter(x, residual, Weights(w_down, b_down, w_up, b_up, scale), activation, 1.0)
+
+
+def finite_scale(scale: Any) -> float:
+    """scale as a Python float. Raises TypeError if it is no number, ValueError if it is infinite or NaN."""
+    try:
+        number = float(scale)
+    except (TypeError, ValueError):
+        raise TypeError(f"scale must be a number or a tensor, not {type(scale).__name__}") from None
+    if not math.isfinite(number):
+        raise ValueError(f"scale is {number}, must be finite")
+    return number
 
 
 def explain(x: Tensor, w_down: Tensor) -> ops.Path:
@@ -61,9 +77,10 @@ def explain(x: Tensor, w_down: Tensor) -> ops.Path:
     >>> explain(torch.zeros(2, 64), torch.zeros(8, 64)).name
     'cpu'
 
-    Under torch.compile the same choice is made when the compiled model runs.
+    The answer is that of an eager call here and now, whatever ADAPTER_OPS_REQUIRE says. Of a compiled call, transforms
+    and tensor subclasses decide when it is traced, and device, dtype and size when it runs.
     """
-    return ops.choose_path(x, w_down)
+    return ops.find_path(x, w_down)
 
 
 def _check(
@@ -103,10 +120,22 @@ def _check(
                 or (residual.shape == x.shape and residual.dtype in DTYPES and residual.device == device)
             )
         )
-    except (AttributeError, IndexError):
+    except (AttributeError, IndexError, RuntimeError):  # RuntimeError: the shape of a nested tensor
         fits = False
-    if not fits:
+    if not fits and not _fits_nested(x, w_down):
         _reject(x, w_down, b_down, w_up, b_up, scale, residual)
+
+
+def _fits_nested(x: Tensor, w_down: Tensor) -> bool:
+    """Whether x is a nested tensor with rows of the right size.
+
+    A nested tensor has no shape to compare. PyTorch's own operations, which such a call is made of, check the rest.
+    """
+    if not (isinstance(x, Tensor) and x.is_nested and isinstance(w_down, Tensor)):
+        return False
+    if w_down.dim() != 2 or x.size(-1) != w_down.shape[1]:
+        raise ValueError(f"x has hidden size {x.size(-1)}, w_down has shape {tuple(w_down.shape)}")
+    return True
 
 
 def _reject(

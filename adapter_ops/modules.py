@@ -1,13 +1,56 @@
 """BottleneckAdapter: the adapter as a module."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
-from .functional import bottleneck_adapter, explain
+from .functional import bottleneck_adapter, explain, finite_scale
 from .kernels.activations import find_activation
+from .wrappers import loaded
+
+# Modules that say by their class alone which activation they are: PyTorch's, and those of transformers.activations,
+# which are known by name because transformers is not imported here.
+_MODULES = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.Identity: "identity"}
+_TRANSFORMERS = {
+    "GELUActivation": "gelu",
+    "NewGELUActivation": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "QuickGELUActivation": "quick_gelu",
+    "SiLUActivation": "silu",
+    "LinearActivation": "identity",
+}
+
+
+def activation_name(activation: str | nn.Module) -> str:
+    """The name of an activation, which is given by name or as a module such as `nn.GELU()`.
+
+    Raises ValueError if the name or the module is not known, or if the module has settings that no kernel has.
+    """
+    if not isinstance(activation, nn.Module):
+        find_activation(activation)
+        return activation
+    kind, name = type(activation), None
+    if kind is nn.GELU:
+        name = {"none": "gelu", "tanh": "gelu_tanh"}.get(activation.approximate)
+    elif kind is nn.LeakyReLU:
+        name = "leaky_relu" if activation.negative_slope == 0.01 else None
+    elif kind.__module__ == "transformers.activations":
+        name = _TRANSFORMERS.get(kind.__name__)
+    else:
+        name = _MODULES.get(kind)
+    if name is None:
+        raise ValueError(
+            f"no kernel for the activation {activation!r}; known: nn.GELU() and nn.GELU('tanh'), "
+            f"nn.LeakyReLU() with its default slope, {', '.join(f'nn.{m.__name__}()' for m in _MODULES)}, "
+            f"and {', '.join(_TRANSFORMERS)} of transformers"
+        )
+    return name
+
+
+from .wrappers import loaded
 
 
 class BottleneckAdapter(nn.Module):
@@ -15,20 +58,23 @@ class BottleneckAdapter(nn.Module):
 
     The state dict is that of two `nn.Linear`: `down.weight` [R, D], `down.bias` [R], `up.weight` [D, R], `up.bias` [D].
     Weights start as a truncated normal cut at two standard deviations and biases at zero, so that the module starts
-    near the identity. `down` and `up` hold parameters only: they are not called, so hooks on them do not run.
+    near the identity. `down` and `up` hold parameters only: they are not called, so hooks on them do not run, but for
+    those with which accelerate loads parameters that it has offloaded.
 
     Args:
         hidden_size: D.
         bottleneck_size: R, at least 1.
-        activation: see `bottleneck_adapter`.
+        activation: a name that `bottleneck_adapter` knows, or a module such as `nn.GELU()`.
         bias: whether both projections have one.
-        scale: a number, "learned" (a parameter [1]) or "channel" (a parameter [D]), both starting at 1.
+        scale: a finite number, "learned" (a parameter [1]) or "channel" (a parameter [D]), both starting at 1.
         init_std: standard deviation of the weights before the cut; the paper's default 1e-2 (§3.6: up to 1e-2 all
             values do equally well).
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: a size under 1, an `init_std` that is not positive, an unknown activation or scale.
+        ValueError: a size under 1, an `init_std` that is not positive, an unknown activation or scale, a scale that is
+            not finite.
+        TypeError: a scale that is neither a number nor one of the two words.
 
     >>> adapter = BottleneckAdapter(768, 64)
     >>> adapter(torch.zeros(8, 128, 768)).shape
@@ -40,7 +86,7 @@ class BottleneckAdapter(nn.Module):
         hidden_size: int,
         bottleneck_size: int,
         *,
-        activation: str = "gelu",
+        activation: str | nn.Module = "gelu",
         bias: bool = True,
         scale: float | Literal["learned", "channel"] = 1.0,
         init_std: float = 1e-2,
@@ -54,8 +100,7 @@ class BottleneckAdapter(nn.Module):
             raise ValueError(f"init_std is {init_std}, must be positive: at 0 no weight would ever get a gradient")
         if isinstance(scale, str) and scale not in ("learned", "channel"):
             raise ValueError(f"unknown scale {scale!r}; known: a number, 'learned', 'channel'")
-        find_activation(activation)
-        self.activation = activation
+        self.activation = activation_name(activation)
         self.init_std = init_std
         self.down = nn.Linear(hidden_size, bottleneck_size, bias=bias, device=device, dtype=dtype)
         self.up = nn.Linear(bottleneck_size, hidden_size, bias=bias, device=device, dtype=dtype)
@@ -64,7 +109,7 @@ class BottleneckAdapter(nn.Module):
             size = hidden_size if scale == "channel" else 1
             self.scale = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
         else:
-            self.scale = float(scale)
+            self.scale = finite_scale(scale)
         self.reset_parameters()
 
     @classmethod
@@ -73,12 +118,23 @@ class BottleneckAdapter(nn.Module):
         down: nn.Linear,
         up: nn.Linear,
         *,
-        activation: str = "gelu",
+        activation: str | nn.Module,
         scale: float | Literal["learned", "channel"] = 1.0,
     ) -> "BottleneckAdapter":
         """An adapter over two layers of an existing model; it shares their parameters and takes their place.
 
-        Raises ValueError where `up` does not undo `down`'s shape.
+        Args:
+            down, up: layers [D → R] and [R → D].
+            activation: what stands between them, as a name or as the module itself, such as `nn.GELU()`. It has no
+                default, because another activation than the model's would change its results without an error.
+            scale: as above.
+
+        Raises:
+            ValueError: `up` does not undo `down`'s shape, or the activation or the scale is refused.
+
+        >>> down, up = nn.Linear(768, 64), nn.Linear(64, 768)
+        >>> BottleneckAdapter.from_linear(down, up, activation=nn.ReLU()).activation
+        'relu'
         """
         if (down.in_features, down.out_features) != (up.out_features, up.in_features):
             raise ValueError(
@@ -100,8 +156,19 @@ class BottleneckAdapter(nn.Module):
         if isinstance(self.scale, Tensor):
             nn.init.ones_(self.scale)
 
+    if TYPE_CHECKING:  # nn.Module says that a call returns Any
+
+        def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor: ...
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [..., D] → [..., D]; `residual` [..., D] takes the place of x in the sum."""
+        down, up = self.down, self.up
+        if down.weight.is_meta or up.weight.is_meta:
+            with loaded((down, up)):
+                return self._call(x, residual)
+        return self._call(x, residual)
+
+    def _call(self, x: Tensor, residual: Tensor | None) -> Tensor:
         down, up = self.down, self.up
         return bottleneck_adapter(
             x,

@@ -1,18 +1,23 @@
 """AdapterFunction, the torch.library ops, and the choice of path.
 
 Arguments are taken as checked (`functional.py` does that). Eager calls go through AdapterFunction straight to a path's
-`forward` and `backward`; torch.compile sees two opaque ops that do the same. Double backward, everywhere,
+`forward` and `backward`; torch.compile and torch.export see two opaque ops that do the same. `_obstacle` is the one
+place that sends a call to the reference formula because of how it is called. Double backward, everywhere,
 differentiates the reference formula.
 """
 
 import functools
+import math
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
+from torch._decomp import register_decomposition
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 from . import cpu, reference
 from .kernels import backward as triton_backward
@@ -20,11 +25,13 @@ from .kernels import forward as triton_forward
 from .kernels import launch
 from .kernels.launch import Needs, Options, Weights
 
+_NAMES = ("triton", "cpu", "reference")
+
 
 class Path(NamedTuple):
     """Which implementation runs, and why."""
 
-    name: str  # "triton", "cpu" or "reference"
+    name: str  # one of _NAMES
     reason: str
 
 
@@ -33,28 +40,73 @@ _INTERPRETER = Path("triton", "TRITON_INTERPRET=1 runs the kernels on the CPU")
 _CPU = Path("cpu", "the tensors are on the CPU")
 _CPU_SMALL = Path("cpu", "the tensors are on the CPU; x is small, so autograd records plain PyTorch calls")
 _FUNC = Path("reference", "a torch.func or forward-mode transform is active")
+_TRACE = Path("reference", "torch.jit.trace records PyTorch's own operations")
+_MODE = Path("reference", "a torch dispatch mode is active, and has to see PyTorch's own operations")
 
 # On the CPU a Python autograd.Function costs about 30 µs a call, which fewer elements of x do not earn back.
 SMALL = 1 << 18
 
-
-def choose_path(x: Tensor, w_down: Tensor) -> Path:
-    """The path of a call with x [..., D] and w_down [R, D].
-
-    Raises RuntimeError if the environment variable ADAPTER_OPS_REQUIRE names another path.
-    """
-    path = _choose(x, w_down)
-    required = os.environ.get("ADAPTER_OPS_REQUIRE")
-    if required and required != path.name:
-        raise RuntimeError(
-            f"ADAPTER_OPS_REQUIRE={required}, but this call would take the path {path.name!r}: {path.reason}"
-        )
-    return path
+# The types whose memory the kernels may read and write. torch.export (without strict) runs this code with FakeTensors.
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_PLAIN_IN_EXPORT = _PLAIN | {FakeTensor}
 
 
-def _choose(x: Tensor, w_down: Tensor) -> Path:
+def find_path(x: Tensor, w_down: Tensor) -> Path:
+    """The path of a call with x [..., D] and w_down [R, D], whatever ADAPTER_OPS_REQUIRE says."""
+    return _obstacle(x, w_down) or choose_path(x, w_down)
+
+
+def _transform(t: Tensor) -> Path | None:
+    """The reference path while torch.func or forward-mode differentiation is at work, or t is a batch, else None."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return _FUNC
+    # torch.autograd.grad with is_grads_batched=True does not use torch.func. No such batch can reach a compiled call.
+    if not torch.compiler.is_dynamo_compiling() and torch._C._functorch.is_legacy_batchedtensor(t):
+        return _FUNC
+    return None
+
+
+def _obstacle(x: Tensor, *others: Tensor | None) -> Path | None:
+    """The reference path where a call has to be made of PyTorch's own operations, else None.
+
+    Eager calls, compiled calls, backward and `explain` all ask here. A kernel reads memory through a pointer, so it
+    would pass by whatever stands between PyTorch's operations and memory: a transform, a tracer, a dispatch mode, or a
+    tensor that is more than a dense array.
+    """
+    path = _transform(x)
+    if path is not None:
+        return path
+    types = _PLAIN
+    if torch.compiler.is_compiling():
+        types = _PLAIN_IN_EXPORT
+    elif torch._C._get_tracing_state() is not None:
+        return _TRACE
+    elif torch._C._len_torch_dispatch_stack():
+        return _MODE
+    for t in (x, *others):
+        if t is not None and (type(t) not in types or t.layout is not torch.strided):
+            kind = type(t).__name__ if type(t) not in types else str(t.layout)
+            return Path("reference", f"an operand is a {kind}, not a plain dense tensor")
+    # Of the others only the residual can be nested, and it has the shape of x.
+    if x.is_nested:
+        return Path("reference", "x is a nested tensor")
+    return None
+
+
+def _require(path: Path) -> None:
+    """Raises RuntimeError if the environment variable ADAPTER_OPS_REQUIRE names another path, or none."""
+    required = os.environ.get("ADAPTER_OPS_REQUIRE")
+    if not required or required == path.name:
+        return
+    if required not in _NAMES:
+        raise RuntimeError(f"ADAPTER_OPS_REQUIRE={required} names no path; known: {', '.join(_NAMES)}")
+    raise RuntimeError(
+        f"ADAPTER_OPS_REQUIRE={required}, but this call would take the path {path.name!r}: {path.reason}"
+    )
+
+
+def choose_path(x: Tensor, w_down: Tensor) -> Path:
+    """The path of a call that meets no obstacle: a matter of device, dtype and size."""
     kind = x.device.type
     if kind == "cpu" and not launch.INTERPRETED:
         return _CPU_SMALL if torch.is_grad_enabled() and x.numel() < SMALL else _CPU
@@ -82,9 +134,12 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def adapter(x: Tensor, residual: Tensor | None, weights: Weights, activation: str, scale: float) -> Tensor:
     """`functional.bottleneck_adapter` without its checks."""
     options = Options(activation, scale, compute_dtype(x))
-    if torch.compiler.is_compiling():
-        return forward_op(x, residual, *weights, *options, torch.is_grad_enabled())[0]
-    path = choose_path(x, weights.w_down)
+    path = _obstacle(x, residual, *weights)
+    if path is None:
+        if torch.compiler.is_compiling():
+            return forward_op(x, residual, *weights, *options, torch.is_grad_enabled())[0]
+        path = choose_path(x, weights.w_down)
+    _require(path)
     if path.name == "reference" or path is _CPU_SMALL:
         return _reference(x, residual, weights, options)
     if torch.is_grad_enabled():
@@ -108,13 +163,17 @@ def _reference(x: Tensor, residual: Tensor | None, weights: Weights, options: Op
 
 
 def _rows(t: Tensor) -> Tensor:
-    """t [..., D] as [M, D] with a dense last dimension; a view wherever one exists.
+    """t [..., D] as [M, D] with a dense last dimension and rows that do not overlap; a view wherever one exists.
 
-    A tile of 128 rows is addressed in 32 bits, so rows further apart than 2^24 elements are copied together.
+    A tile of 128 rows is addressed in 32 bits, so rows further apart than 2^24 elements are copied together. oneDNN
+    refuses rows that share memory.
     """
     if t.dim() != 2:
         t = t.reshape(-1, t.shape[-1])
-    return t if t.stride(1) == 1 and t.stride(0) < 1 << 24 else t.contiguous()
+    if t.is_contiguous():
+        return t
+    row, column = t.stride()
+    return t if column == 1 and t.shape[1] <= row < 1 << 24 else t.contiguous()
 
 
 def _dense(weights: Weights) -> Weights:
@@ -129,7 +188,9 @@ def _forward(
     rows, weights = _rows(x), _dense(weights)
     run = triton_forward.forward if path.name == "triton" else cpu.forward
     y, z = run(rows, rows if residual is None else _rows(residual), weights, options, save_z)
-    return y.view(x.shape), z
+    if x.dim() != 2:
+        y.resize_(x.shape)  # autograd lets nobody write into a view that was made inside of a Function
+    return y, z
 
 
 def _backward(
@@ -147,20 +208,6 @@ def _backward(
     return [None if dx is None else dx.view(x.shape), *rest]
 
 
-def _double_backward(
-    dy: Tensor, x: Tensor, weights: Weights, options: Options, needs: Needs, residual_is_x: bool
-) -> list[Tensor | None]:
-    """The six gradients once more, as differentiable functions of dy, x and the parameters."""
-    # New nodes, so that a gradient stops here: x may depend on the parameters, and two of these may be one tensor.
-    views: Any = [None if t is None else t.view_as(t) for t in (x, *weights)]
-    x, weights = views[0], Weights(*views[1:])
-    # dy reaches x through the residual only where the residual is x.
-    y = _reference(x, None if residual_is_x else torch.zeros_like(x), weights, options)
-    wanted = [t for t, need in zip((x, *weights), needs) if need and t is not None]
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True) if wanted else ())
-    return [next(found) if need else None for need in needs]
-
-
 class AdapterFunction(torch.autograd.Function):
     """y = residual + scale · (act(x · W_downᵀ + b_down) · W_upᵀ + b_up); x and z are saved for backward."""
 
@@ -175,7 +222,8 @@ class AdapterFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, dy, functools.partial(_backward, path=ctx.path)), None, None
+        kernels = functools.partial(_backward, path=ctx.path) if _obstacle(dy) is None else reference.gradients
+        return *_gradients(ctx, dy, kernels), None, None
 
 
 def _gradients(ctx: Any, dy: Tensor, first_order: Callable[..., list[Tensor | None]]) -> list[Tensor | None]:
@@ -185,7 +233,8 @@ def _gradients(ctx: Any, dy: Tensor, first_order: Callable[..., list[Tensor | No
     x, z, *parameters = ctx.saved_tensors
     weights = Weights(*parameters)
     if torch.is_grad_enabled():
-        dx, *rest = _double_backward(dy, x, weights, ctx.options, needs, residual_is_x)
+        z = reference.pre_activation(x, weights, ctx.options.dtype)  # once more, as a function of x and the parameters
+        dx, *rest = reference.gradients(dy, x, z, weights, ctx.options, needs, residual_is_x)
     else:
         dx, *rest = first_order(dy, x, z, weights, ctx.options, needs, residual_is_x)
     return [dx, dy.to(ctx.residual_dtype) if need_residual else None, *rest]
@@ -206,13 +255,18 @@ def forward_op(
     save_z: bool,
 ) -> tuple[Tensor, Tensor]:
     """y and z (empty unless `save_z`). The path is chosen when the op runs, not when it is traced."""
+    if forward_ad._current_level >= 0:
+        raise RuntimeError(
+            "an exported adapter has no forward-mode derivative: call the adapter itself, or decompose the exported "
+            "program by program.run_decompositions(torch._decomp.get_decompositions([torch.ops.adapter_ops.forward]))"
+        )
     weights = Weights(w_down, b_down, w_up, b_up, scale_tensor)
     y, z = _forward(x, residual, weights, Options(activation, scale, dtype), save_z, _op_path(x, w_down))
     return y, x.new_empty(0, dtype=dtype) if z is None else z
 
 
 @forward_op.register_fake
-def _(x, residual, w_down, b_down, w_up, b_up, scale_tensor, activation, scale, dtype, save_z):
+def _fake_forward(x, residual, w_down, b_down, w_up, b_up, scale_tensor, activation, scale, dtype, save_z):
     y_dtype = torch.promote_types(x.dtype if residual is None else residual.dtype, dtype)
     z_shape = (x.numel() // x.shape[-1], w_down.shape[0]) if save_z else (0,)
     return x.new_empty(x.shape, dtype=y_dtype), x.new_empty(z_shape, dtype=dtype)
@@ -250,6 +304,7 @@ def _(dy, x, z, w_down, b_down, w_up, b_up, scale_tensor, activation, scale, dty
 def _op_path(x: Tensor, w_down: Tensor) -> Path:
     """Inside an op there is no autograd to fall back on: what would be the reference is ATen."""
     path = choose_path(x, w_down)
+    _require(path)
     return _CPU if path.name == "reference" else path
 
 
@@ -260,11 +315,73 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _op_backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    def first_order(dy, x, z, weights, options, needs, residual_is_x):
+    def kernels(dy, x, z, weights, options, needs, residual_is_x):
         found = iter(backward_op(dy, x, z, *weights, *options, list(needs), residual_is_x))
         return [next(found) if need else None for need in needs]
 
+    # Not `_obstacle`: tracers, dispatch modes and fake tensors know the op.
+    first_order = kernels if _transform(dy) is None else reference.gradients
     return *_gradients(ctx, dy, first_order), None, None, None, None
 
 
 forward_op.register_autograd(_op_backward, setup_context=_setup_context)
+
+
+@register_decomposition(torch.ops.adapter_ops.forward.default)
+def _formula(
+    x, residual, w_down, b_down, w_up, b_up, scale_tensor, activation, scale, dtype, save_z
+) -> tuple[Tensor, Tensor]:
+    """`forward_op` in PyTorch's own operations, for exporters to formats that know none of our ops, such as ONNX.
+
+    torch.compile takes no decomposition from this table.
+    """
+    weights = Weights(w_down, b_down, w_up, b_up, scale_tensor)
+    y = _reference(x, residual, weights, Options(activation, scale, dtype)).contiguous()
+    return y, reference.pre_activation(x, weights, dtype) if save_z else x.new_empty(0, dtype=dtype)
+
+
+# Where sizes are symbolic, a FakeTensor would go through the decomposition, if the table of metas had no entry.
+register_decomposition(torch.ops.adapter_ops.forward.default, type="meta")(_fake_forward)
+
+
+@forward_op.register_vmap
+def _(info, in_dims, *arguments):
+    return torch.vmap(_formula, in_dims)(*arguments), (0, 0)
+
+
+def _backward_formula(
+    dy, x, z, w_down, b_down, w_up, b_up, scale_tensor, activation, scale, dtype, needs, residual_is_x
+) -> list[Tensor]:
+    """`backward_op` in PyTorch's own operations."""
+    weights, options = Weights(w_down, b_down, w_up, b_up, scale_tensor), Options(activation, scale, dtype)
+    found = reference.gradients(dy, x, z, weights, options, Needs(*needs), residual_is_x)
+    return [t for t in found if t is not None]
+
+
+@backward_op.register_vmap
+def _(info, in_dims, *arguments):
+    tensors, rest = arguments[:8], arguments[8:]
+    found = torch.vmap(lambda *tensors: _backward_formula(*tensors, *rest), in_dims[:8])(*tensors)
+    return found, [0] * len(found)
+
+
+# torch.autograd.grad with is_grads_batched=True, through the backward of a compiled model: a vmap of its own kind.
+_library = torch.library.Library("adapter_ops", "FRAGMENT")
+_library.impl("backward", _backward_formula, "Batched")
+
+
+@register_flop_formula(torch.ops.adapter_ops.forward)
+def _(x_shape, residual_shape, w_down_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * _product_flops(x_shape, w_down_shape)
+
+
+@register_flop_formula(torch.ops.adapter_ops.backward)
+def _(dy_shape, x_shape, z_shape, w_down_shape, *args, out_shape=None, **kwargs) -> int:
+    needs = Needs(*args[-2])
+    dh = needs.x or needs.w_down or needs.b_down
+    return (dh + needs.x + needs.w_down + (needs.w_up or needs.scale)) * _product_flops(x_shape, w_down_shape)
+
+
+def _product_flops(x_shape, w_down_shape) -> int:
+    """Of each of the products, all of which have M · D · R terms."""
+    return 2 * math.prod(x_shape[:-1]) * math.prod(w_down_shape)

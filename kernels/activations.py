@@ -129,54 +129,62 @@ def _eager_quick_gelu(z: Tensor) -> Tensor:
     return z * torch.sigmoid(1.702 * z)
 
 
-def _eager_dquick_gelu(z: Tensor, dh: Tensor) -> Tensor:
+def _eager_dsilu(z: Tensor, dh: Tensor, grad_input: Tensor | None = None) -> Tensor:
+    if grad_input is not None:
+        return aten.silu_backward(dh, z, grad_input=grad_input)
+    wide = z.to(torch.promote_types(z.dtype, torch.float32))  # silu_backward has no derivative of its own
+    s = torch.sigmoid(wide)
+    return (dh * (s * (1 + wide * (1 - s)))).to(dh.dtype)
+
+
+def _eager_dquick_gelu(z: Tensor, dh: Tensor, grad_input: Tensor | None = None) -> Tensor:
     s = torch.sigmoid(1.702 * z)
-    return dh.mul_(s * (1 + 1.702 * z * (1 - s)))
+    return torch.mul(dh, s * (1 + 1.702 * z * (1 - s)), out=grad_input)
 
 
 @dataclass(frozen=True)
 class Activation:
-    """One row of the table: `act` and `dact` for the kernels, `eager` and `eager_backward` for PyTorch.
+    """One row of the table: `act` and `dact` for the kernels, `eager` and `eager_derivative` for PyTorch.
 
-    `eager(z) -> h` is differentiable and may return z itself; `eager_backward(z, dh) -> dz` is what autograd would run
-    for it, and writes dz over dh.
+    `eager(z) -> h` is differentiable and may return z itself. `eager_derivative(z, dh) -> dz` is what autograd would
+    run for it, and is differentiable too; with `grad_input=t` it writes dz over t.
     """
 
     act: Any
     dact: Any
     eager: Callable[[Tensor], Tensor]
-    eager_backward: Callable[[Tensor, Tensor], Tensor]
+    eager_derivative: Callable[..., Tensor]
+
+    def eager_backward(self, z: Tensor, dh: Tensor) -> Tensor:
+        """dz, written over dh."""
+        return self.eager_derivative(z, dh, grad_input=dh)
 
 
 ACTIVATIONS = {
-    "gelu": Activation(_gelu, _dgelu, F.gelu, lambda z, dh: aten.gelu_backward.grad_input(dh, z, grad_input=dh)),
+    "gelu": Activation(_gelu, _dgelu, F.gelu, lambda z, dh, **into: aten.gelu_backward(dh, z, **into)),
     "gelu_tanh": Activation(
         _gelu_tanh,
         _dgelu_tanh,
         lambda z: F.gelu(z, approximate="tanh"),
-        lambda z, dh: aten.gelu_backward.grad_input(dh, z, approximate="tanh", grad_input=dh),
+        lambda z, dh, **into: aten.gelu_backward(dh, z, approximate="tanh", **into),
     ),
-    "relu": Activation(
-        _relu, _drelu, torch.relu, lambda z, dh: aten.threshold_backward.grad_input(dh, z, 0, grad_input=dh)
-    ),
-    "silu": Activation(_silu, _dsilu, F.silu, lambda z, dh: aten.silu_backward.grad_input(dh, z, grad_input=dh)),
-    "tanh": Activation(
-        _tanh, _dtanh, torch.tanh, lambda z, dh: aten.tanh_backward.grad_input(dh, torch.tanh(z), grad_input=dh)
-    ),
+    "relu": Activation(_relu, _drelu, torch.relu, lambda z, dh, **into: aten.threshold_backward(dh, z, 0, **into)),
+    "silu": Activation(_silu, _dsilu, F.silu, _eager_dsilu),
+    "tanh": Activation(_tanh, _dtanh, torch.tanh, lambda z, dh, **into: aten.tanh_backward(dh, torch.tanh(z), **into)),
     "sigmoid": Activation(
         _sigmoid,
         _dsigmoid,
         torch.sigmoid,
-        lambda z, dh: aten.sigmoid_backward.grad_input(dh, torch.sigmoid(z), grad_input=dh),
+        lambda z, dh, **into: aten.sigmoid_backward(dh, torch.sigmoid(z), **into),
     ),
     "quick_gelu": Activation(_quick_gelu, _dquick_gelu, _eager_quick_gelu, _eager_dquick_gelu),
     "leaky_relu": Activation(
         _leaky_relu,
         _dleaky_relu,
         F.leaky_relu,
-        lambda z, dh: aten.leaky_relu_backward.grad_input(dh, z, 0.01, False, grad_input=dh),
+        lambda z, dh, **into: aten.leaky_relu_backward(dh, z, 0.01, False, **into),
     ),
-    "identity": Activation(_identity, _didentity, lambda z: z, lambda z, dh: dh),
+    "identity": Activation(_identity, _didentity, lambda z: z, lambda z, dh, **into: dh),
 }
 
 # Other names in use: Hugging Face's ACT2FN and AdapterHub's configs.

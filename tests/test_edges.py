@@ -196,3 +196,32 @@ def test_large_gradient(use_path, monkeypatch, repeated, dtype, scale, wanted):
     check(call, "cpu", wanted)
     for gradient in call.gradients(wanted=wanted).values():
         assert gradient.is_contiguous() and gradient.untyped_storage().nbytes() == gradient.nbytes
+
+
+@pytest.mark.parametrize("M", [9, 9000])
+@pytest.mark.parametrize("which", ["x", "residual", "dy"])
+def test_rows_that_overlap(path, which, M):
+    """Tensor.unfold makes them; oneDNN refuses their strides."""
+    if path == "interpreter" and M > 9:
+        pytest.skip("oneDNN is called from 2^16 elements on, and by the CPU path only")
+    call = Call(M, 48, 12, own_residual=True)
+    for step in (3, 0):
+        overlapping = torch.randn(M * 3 + 48).unfold(0, 48, 3)[:M] if step else torch.randn(1, 48).expand(M, 48)
+        if which == "dy":
+            call.dy = overlapping
+        else:
+            call.inputs[which] = overlapping
+        check(call, path)
+
+
+@pytest.mark.parametrize("M, D, R", [(1025, 256, 32), (2500, 768, 64), (20000, 128, 16), (70000, 64, 8)])
+@pytest.mark.parametrize("kind", ["random", "mean 1", "equal rows"])
+def test_long_sums_over_tokens_in_fp32(use_path, kind, M, D, R):
+    """Where the rows of x and dy are equal, every rounding of a sum goes the same way."""
+    use_path("cpu")
+    call = Call(M, D, R)
+    if kind == "mean 1":
+        call.inputs["x"], call.dy = call.inputs["x"] + 1, torch.ones_like(call.dy)
+    if kind == "equal rows":
+        call.inputs["x"], call.dy = (t[:1].expand(M, D).contiguous() for t in (call.inputs["x"], call.dy))
+    check(call, "cpu", ["w_down", "w_up", "b_down", "b_up"])

@@ -35,6 +35,10 @@ BAD = [
     ({"residual": torch.zeros(2, 3, 768, dtype=torch.complex64)}, TypeError, "residual has dtype torch.complex64"),
     ({"b_up": torch.zeros(768).half()}, TypeError, "b_up has dtype torch.float16, w_down has torch.float32"),
     ({"w_up": None}, TypeError, "w_up must be a tensor, not NoneType"),
+    ({"scale": float("nan")}, ValueError, "scale is nan, must be finite"),
+    ({"scale": float("inf")}, ValueError, "scale is inf, must be finite"),
+    ({"scale": "learned"}, TypeError, "scale must be a number or a tensor, not str"),
+    ({"scale": None}, TypeError, "scale must be a number or a tensor, not NoneType"),
     ({"x": [1.0]}, TypeError, "x must be a tensor, not list"),
 ]
 
@@ -55,3 +59,11 @@ def test_devices_that_differ():
 def test_a_good_call_passes():
     assert bottleneck_adapter(**arguments(scale=torch.ones(()))).shape == (2, 3, 768)
     assert bottleneck_adapter(**arguments(b_down=None, b_up=None)).shape == (2, 3, 768)
+
+
+def test_numbers_that_are_no_python_floats(path):
+    numpy = pytest.importorskip("numpy")
+    t = arguments(x=torch.randn(3, 768), w_down=torch.randn(64, 768) / 28, w_up=torch.randn(768, 64) / 8)
+    expected = bottleneck_adapter(**t, scale=2.0)
+    for scale in (2, numpy.float32(2), numpy.float64(2), numpy.int64(2)):
+        assert torch.equal(bottleneck_adapter(**t, scale=scale), expected)

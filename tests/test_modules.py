@@ -1,6 +1,7 @@
 """BottleneckAdapter: parameters, initialisation, and its place in a model."""
 
 import copy
+import os
 import pickle
 
 import pytest
@@ -9,6 +10,8 @@ from torch import nn
 
 import adapter_ops
 from adapter_ops import BottleneckAdapter
+from adapter_ops.kernels.activations import find_activation
+from adapter_ops.modules import activation_name
 
 
 class Houlsby(nn.Module):
@@ -34,12 +37,86 @@ def test_state_dict_moves_both_ways():
 
 def test_from_linear_shares_parameters():
     unfused = Houlsby(20, 6)
-    adapter = BottleneckAdapter.from_linear(unfused.down, unfused.up)
+    adapter = BottleneckAdapter.from_linear(unfused.down, unfused.up, activation=unfused.act)
     assert adapter.down.weight is unfused.down.weight
     x = torch.randn(4, 20)
     torch.testing.assert_close(adapter(x), unfused(x))
     with pytest.raises(ValueError, match="down maps 20 to 6, up maps 5 to 20"):
-        BottleneckAdapter.from_linear(unfused.down, nn.Linear(5, 20))
+        BottleneckAdapter.from_linear(unfused.down, nn.Linear(5, 20), activation="gelu")
+
+
+ACTIVATIONS = [
+    (nn.GELU(), "gelu"),
+    (nn.GELU("tanh"), "gelu_tanh"),
+    (nn.ReLU(), "relu"),
+    (nn.ReLU(inplace=True), "relu"),
+    (nn.SiLU(), "silu"),
+    (nn.Tanh(), "tanh"),
+    (nn.Sigmoid(), "sigmoid"),
+    (nn.LeakyReLU(), "leaky_relu"),
+    (nn.Identity(), "identity"),
+]
+
+
+@pytest.mark.parametrize("module, name", ACTIVATIONS, ids=lambda a: str(a))
+def test_activation_modules(module, name):
+    down, up, x = nn.Linear(20, 6), nn.Linear(6, 20), torch.randn(7, 20)
+    adapter = BottleneckAdapter.from_linear(down, up, activation=module)
+    assert adapter.activation == BottleneckAdapter(20, 6, activation=module).activation == name
+    torch.testing.assert_close(adapter(x), x + up(module(down(x))))
+
+
+class OwnGELU(nn.GELU):
+    """A subclass may do anything."""
+
+
+@pytest.mark.parametrize(
+    "module",
+    [nn.LeakyReLU(0.2), nn.ReLU6(), nn.PReLU(), nn.Dropout(0.1), nn.Sequential(nn.GELU()), OwnGELU(), nn.GELU("erf")],
+    ids=str,
+)
+def test_other_activation_modules_are_refused(module):
+    for make in (
+        lambda: BottleneckAdapter(20, 6, activation=module),
+        lambda: BottleneckAdapter.from_linear(nn.Linear(20, 6), nn.Linear(6, 20), activation=module),
+    ):
+        with pytest.raises(ValueError, match=r"no kernel for the activation (.|\n)*known: nn.GELU\(\)"):
+            make()
+
+
+def test_activations_of_transformers():
+    """Each of them is taken for what it computes, or refused."""
+    table = pytest.importorskip("transformers.activations").ACT2FN
+    z = torch.linspace(-12, 12, 2001, dtype=torch.float64)
+    taken = set()
+    for name in table:
+        module = table[name]
+        try:
+            found = activation_name(module)
+        except ValueError:
+            continue
+        taken.add(name)
+        torch.testing.assert_close(find_activation(found).eager(z), module(z))
+    names = {
+        "gelu",
+        "gelu_new",
+        "gelu_pytorch_tanh",
+        "quick_gelu",
+        "relu",
+        "silu",
+        "swish",
+        "tanh",
+        "sigmoid",
+        "linear",
+    }
+    assert names <= taken
+
+
+def test_from_linear_has_no_default_activation():
+    with pytest.raises(TypeError, match="activation"):
+        BottleneckAdapter.from_linear(nn.Linear(20, 6), nn.Linear(6, 20))
+    with pytest.raises(ValueError, match="unknown activation 'gelo'; known: gelu"):
+        BottleneckAdapter.from_linear(nn.Linear(20, 6), nn.Linear(6, 20), activation="gelo")
 
 
 @pytest.mark.parametrize("std", [1e-2, 1e-7, 0.5])
@@ -81,6 +158,8 @@ def test_own_residual():
         ({"activation": "gelo"}, "unknown activation 'gelo'; known: gelu"),
         ({"init_std": 0.0}, "init_std is 0.0, must be positive"),
         ({"init_std": float("nan")}, "init_std is nan"),
+        ({"scale": float("nan")}, "scale is nan, must be finite"),
+        ({"scale": -float("inf")}, "scale is -inf, must be finite"),
         ({"scale": "chanel"}, "unknown scale 'chanel'; known: a number, 'learned', 'channel'"),
     ],
 )
@@ -140,3 +219,16 @@ def test_it_trains():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_type_checker_sees_tensors(tmp_path):
+    """nn.Module says that a call returns Any, which hides every mistake made with the result."""
+    api = pytest.importorskip("mypy.api")
+    root = os.path.dirname(os.path.dirname(adapter_ops.__file__))
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch, adapter_ops\nreveal_type(adapter_ops.BottleneckAdapter(8, 2)(torch.zeros(1, 8)))\n"
+    )
+    options = ["--config-file", os.path.join(root, "pyproject.toml"), "--follow-imports=silent", "--no-incremental"]
+    out, _, _ = api.run([*options, "--cache-dir", str(tmp_path), str(script)])
+    assert 'Revealed type is "torch._tensor.Tensor"' in out, out

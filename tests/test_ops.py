@@ -299,6 +299,30 @@ def test_required_path(monkeypatch):
         bottleneck_adapter(x, w, None, w.t(), None)
 
 
+def test_a_required_path_that_there_is_not(monkeypatch):
+    """`explain` answers all the same; the call says which names there are."""
+    x, w = torch.zeros(4, 20), torch.zeros(6, 20)
+    free = explain(x, w)
+    for required in ("tritn", "triton", "reference", "cpu"):
+        monkeypatch.setenv("ADAPTER_OPS_REQUIRE", required)
+        assert explain(x, w) == free
+    monkeypatch.setenv("ADAPTER_OPS_REQUIRE", "tritn")
+    compiled = torch.compile(bottleneck_adapter, backend="aot_eager")
+    for function in (bottleneck_adapter, compiled):
+        with pytest.raises(
+            RuntimeError, match="ADAPTER_OPS_REQUIRE=tritn names no path; known: triton, cpu, reference"
+        ):
+            function(x, w, None, w.t(), None)
+
+
+def test_a_required_path_under_a_transform(monkeypatch):
+    x, w = torch.zeros(4, 20), torch.zeros(6, 20)
+    monkeypatch.setenv("ADAPTER_OPS_REQUIRE", "triton")
+    for wrap in (lambda f: f, lambda f: torch.compile(f, backend="eager")):
+        with pytest.raises(Exception, match=r"ADAPTER_OPS_REQUIRE=triton.*'reference'.*torch.func"):
+            wrap(torch.func.vmap(lambda x: bottleneck_adapter(x, w, None, w.t(), None)))(x)
+
+
 def test_small_cpu_call_equals_the_cpu_path(use_path):
     call = Call(9, 20, 6)
     use_path("cpu")
@@ -306,3 +330,39 @@ def test_small_cpu_call_equals_the_cpu_path(use_path):
     use_path("reference")
     for name, t in call.gradients().items():
         torch.testing.assert_close(t, lean[name])
+
+
+def write_add(y, other):
+    y += 1
+    return y
+
+
+IN_PLACE = {
+    "y += 1": write_add,
+    "relu_": lambda y, other: y.relu_(),
+    "h += y": lambda y, other: other.add_(y),
+    "y += y": lambda y, other: y.add_(y.detach()),
+    "y *= h": lambda y, other: y.mul_(other),
+    "a view": lambda y, other: (y[..., 1:].zero_(), y)[1],
+}
+
+
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
+@pytest.mark.parametrize("shape", [(9, 20), (3, 3, 20), (20,)], ids=str)
+@pytest.mark.parametrize("write", IN_PLACE)
+def test_the_output_may_be_written(path, write, shape, backend):
+    """As a residual block does by h += adapter(h), and an activation with inplace=True."""
+    call = Call(1, 20, 6)
+    call.inputs["x"] = torch.randn(shape)
+    torch.compiler.reset()
+
+    def run(function):
+        inputs = {n: t.detach().requires_grad_() for n, t in call.inputs.items()}
+        y = IN_PLACE[write](call(function, **inputs), inputs["x"].sin())
+        return y, *torch.autograd.grad(y.square().sum(), list(inputs.values()))
+
+    function = bottleneck_adapter if backend is None else torch.compile(bottleneck_adapter, backend=backend)
+    for found, expected in zip(run(function), run(reference.bottleneck_adapter)):
+        torch.testing.assert_close(found, expected)
+    with torch.no_grad():
+        assert (call(function) + 1).equal(write_add(call(function), None))
