@@ -34,7 +34,7 @@ def activation_name(activation: str | nn.Module) -> str:
         return activation
     kind, name = type(activation), None
     if kind is nn.GELU:
-        name = {"none": "gelu", "tanh": "gelu_tanh"}.get(activation.approximate)
+        name = {"none": "gelu", "tanh": "gelu_tanh"}.get(str(activation.approximate))
     elif kind is nn.LeakyReLU:
         name = "leaky_relu" if activation.negative_slope == 0.01 else None
     elif kind.__module__ == "transformers.activations":
@@ -48,9 +48,6 @@ def activation_name(activation: str | nn.Module) -> str:
             f"and {', '.join(_TRANSFORMERS)} of transformers"
         )
     return name
-
-
-from .wrappers import loaded
 
 
 class BottleneckAdapter(nn.Module):
