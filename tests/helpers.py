@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._pytree import tree_map_only
 
 from adapter_ops import bottleneck_adapter, reference
 
@@ -107,3 +109,41 @@ def check_exact(call: Call) -> None:
     oracle, found = call.oracle(), call.gradients()
     for name in oracle:
         assert torch.equal(found[name].double(), oracle[name]), name
+
+
+class Named(torch.Tensor):
+    """A subclass that changes nothing."""
+
+
+class Wrapper(torch.Tensor):
+    """A wrapper subclass: PyTorch's operations reach the tensor inside, a pointer would reach nothing."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, inner.stride(), dtype=inner.dtype, device=inner.device, requires_grad=inner.requires_grad
+        )
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __repr__(self):
+        return f"Wrapper({self.inner})"
+
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, context, size, stride):
+        return Wrapper(inner["inner"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        inner_args, inner_kwargs = tree_map_only(Wrapper, lambda t: t.inner, (args, kwargs or {}))
+        found = tree_map_only(torch.Tensor, Wrapper, func(*inner_args, **inner_kwargs))
+        return return_and_correct_aliasing(func, args, kwargs or {}, found)
+
+
+def bare(t: Tensor) -> Tensor:
+    """The plain tensor that a Named, a Wrapper or a plain tensor stands for."""
+    return t.inner if isinstance(t, Wrapper) else t.as_subclass(torch.Tensor)
