@@ -131,7 +131,7 @@ def plot(runs: dict[str, Run], title: str, folder: Path) -> Path:
         right.annotate(f"{end[1]:.1f}", end, xytext=(8, 0), textcoords="offset points", va="center", color=f"C{number}")
     left.set(title="Training loss (moving average)", xlabel="step", ylabel="cross-entropy", ylim=0)
     right.set(title="Held-out accuracy", xlabel="step", ylabel="%", ylim=(0, 100))
-    right.margins(x=0.12)
+    right.margins(x=0.16)
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(loc="best", frameon=False)

@@ -80,6 +80,12 @@ def test_bad_folders(tmp_path, capsys):
     (path / "dev.tsv").write_text("words\tlabel\na\t1\n")
     with pytest.raises(ValueError, match=r"dev.tsv has columns \['words', 'label'\]; expected one of"):
         load_data(str(path))
+    (path / "dev.tsv").write_text("sentence\tlabel\n")
+    with pytest.raises(ValueError, match=r"dev\.tsv has a header and no rows"):
+        load_data(str(path))
+    (path / "dev.tsv").write_bytes(b"sentence\tlabel\n\xff\t1\n")
+    with pytest.raises(ValueError, match=r"dev\.tsv is no TSV file"):
+        load_data(str(path))
     (path / "dev.tsv").write_text("sentence\tlabel\na\t2\n")
     with pytest.raises(ValueError, match=r"held-out text has labels \['2'\], training has \['0', '1'\]"):
         load_data(str(path))
