@@ -130,26 +130,43 @@ with claim(Path(sys.argv[1]), eval(sys.argv[2])) as mine:
 """
 
 
-def test_a_run_of_another_process_comes_last(tiny, tmp_path, monkeypatch):
-    """The others are run first. When that process is killed without having run it, it is run here."""
+def test_runs_of_other_processes_come_last(tiny, tmp_path, monkeypatch):
+    """What another process ends is not run again here. What one was killed in is."""
     ran = []
+
+    def row_of(cell):
+        return dataclasses.replace(a_row(studies.HEAD, 0.0, 0, 0.5, 0.5), **vars(cell))
 
     def train(self, variant, cell):
         ran.append(cell)
-        self.write(self.results, [dataclasses.replace(a_row(variant, 0.0, 0, 0.5, 0.5), **vars(cell))])
+        self.write(self.results, [row_of(cell)])
 
     monkeypatch.setattr(lab.Lab, "train", train)
     bench = lab.Lab(lab.Options(str(tiny), str(tiny / "animals.csv"), (0, 1), tmp_path), {})
-    cells = [bench.cell(studies.HEAD, rate, 0) for rate in studies.RATES["head"]]
-    command = [sys.executable, "-c", HOLDER, str(tmp_path), repr(cells[1])]
+    ended, killed, *others = (bench.cell(studies.HEAD, rate, 0) for rate in studies.RATES["head"])
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
-    holder = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    assert holder.stdout.readline() == "True\n"
-    waits = iter([lambda: None, lambda: (holder.kill(), holder.wait())])
+    holders = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOLDER, str(tmp_path), repr(cell)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for cell in (ended, killed)
+    ]
+    assert [holder.stdout.readline() for holder in holders] == ["True\n"] * 2
+
+    def end():
+        runs.Table(tmp_path / "runs.csv", runs.Result).add([row_of(ended)])
+        for holder in holders:
+            holder.kill()
+            holder.wait()
+
+    waits = iter([lambda: None, end])
     monkeypatch.setattr(lab.time, "sleep", lambda seconds: next(waits)())
     bench.run([studies.HEAD])
-    assert ran == [cells[0], *cells[2:], cells[1], bench.cell(studies.HEAD, cells[0].learning_rate, 1)]
-    assert next(waits, None) is None, "it was waited for until the process was gone"
+    assert ran == [*others, killed, bench.cell(studies.HEAD, ended.learning_rate, 1)]
+    assert next(waits, None) is None, "it was waited for until the processes were gone"
 
 
 def test_two_processes_give_the_losses_of_one(tiny, tmp_path):
