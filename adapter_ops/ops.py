@@ -56,14 +56,13 @@ def find_path(x: Tensor, w_down: Tensor) -> Path:
     return _obstacle(x, w_down) or choose_path(x, w_down)
 
 
-def _transform(t: Tensor) -> Path | None:
-    """The reference path while torch.func or forward-mode differentiation is at work, or t is a batch, else None."""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return _FUNC
-    # torch.autograd.grad with is_grads_batched=True does not use torch.func. No such batch can reach a compiled call.
-    if not torch.compiler.is_dynamo_compiling() and torch._C._functorch.is_legacy_batchedtensor(t):
-        return _FUNC
-    return None
+def _transform() -> Path | None:
+    """The reference path while torch.func or forward-mode differentiation is at work, else None."""
+    return _FUNC if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 else None
+
+
+# Whether a tensor is a batch of torch.autograd.grad with is_grads_batched=True, which does not use torch.func.
+_is_batch = torch._C._functorch.is_legacy_batchedtensor
 
 
 def _obstacle(x: Tensor, *others: Tensor | None) -> Path | None:
@@ -73,7 +72,7 @@ def _obstacle(x: Tensor, *others: Tensor | None) -> Path | None:
     would pass by whatever stands between PyTorch's operations and memory: a transform, a tracer, a dispatch mode, or a
     tensor that is more than a dense array.
     """
-    path = _transform(x)
+    path = _transform()
     if path is not None:
         return path
     types = _PLAIN
@@ -83,6 +82,8 @@ def _obstacle(x: Tensor, *others: Tensor | None) -> Path | None:
         return _TRACE
     elif torch._C._len_torch_dispatch_stack():
         return _MODE
+    elif _is_batch(x):
+        return _FUNC
     for t in (x, *others):
         if t is not None and (type(t) not in types or t.layout is not torch.strided):
             kind = type(t).__name__ if type(t) not in types else str(t.layout)
@@ -178,8 +179,14 @@ def _rows(t: Tensor) -> Tensor:
 
 def _dense(weights: Weights) -> Weights:
     """The kernels and oneDNN take no strides of parameters; oneDNN reads a strided bias as if it were dense."""
-    dense: Any = (None if t is None else t.contiguous() for t in weights)
-    return Weights(*dense)
+    w_down, b_down, w_up, b_up, scale = weights
+    return Weights(
+        w_down.contiguous(),
+        None if b_down is None else b_down.contiguous(),
+        w_up.contiguous(),
+        None if b_up is None else b_up.contiguous(),
+        None if scale is None else scale.contiguous(),
+    )
 
 
 def _forward(
@@ -320,7 +327,7 @@ def _op_backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         return [next(found) if need else None for need in needs]
 
     # Not `_obstacle`: tracers, dispatch modes and fake tensors know the op.
-    first_order = kernels if _transform(dy) is None else reference.gradients
+    first_order = reference.gradients if _transform() or _is_batch(dy) else kernels
     return *_gradients(ctx, dy, first_order), None, None, None, None
 
 
