@@ -135,7 +135,8 @@ def _outer_in_blocks(a: Tensor, b: Tensor) -> Tensor:
     """`_outer` over blocks of rows, whose products are then summed.
 
     A long sum that is made term by term in fp32 loses digits, most where rows repeat and every rounding goes the same
-    way. oneDNN makes longer sums than other libraries, so its product is not used here.
+    way. oneDNN makes longer sums than other libraries and takes no rows that overlap, so its product is not used here.
+    Several threads also share blocks better than one product.
     """
     whole = len(a) - len(a) % _BLOCK
     blocks = [t[:whole].unflatten(0, (-1, _BLOCK)) for t in (a, b)]

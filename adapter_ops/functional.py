@@ -66,7 +66,7 @@ def finite_scale(scale: Any) -> float:
         number = float(scale)
     except (TypeError, ValueError):
         raise TypeError(f"scale must be a number or a tensor, not {type(scale).__name__}") from None
-    if not math.isfinite(number):
+    if not -math.inf < number < math.inf:  # under torch.compile it may be symbolic, which math.isfinite refuses
         raise ValueError(f"scale is {number}, must be finite")
     return number
 

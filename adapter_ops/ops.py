@@ -164,17 +164,17 @@ def _reference(x: Tensor, residual: Tensor | None, weights: Weights, options: Op
 
 
 def _rows(t: Tensor) -> Tensor:
-    """t [..., D] as [M, D] with a dense last dimension and rows that do not overlap; a view wherever one exists.
+    """t [..., D] as [M, D] with a dense last dimension; a view wherever one exists.
 
-    A tile of 128 rows is addressed in 32 bits, so rows further apart than 2^24 elements are copied together. oneDNN
-    refuses rows that share memory.
+    Rows may overlap. A tile of 128 rows is addressed in 32 bits, so rows further apart than 2^24 elements are copied
+    together.
     """
     if t.dim() != 2:
         t = t.reshape(-1, t.shape[-1])
     if t.is_contiguous():
         return t
     row, column = t.stride()
-    return t if column == 1 and t.shape[1] <= row < 1 << 24 else t.contiguous()
+    return t if column == 1 and row < 1 << 24 else t.contiguous()
 
 
 def _dense(weights: Weights) -> Weights:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import Call, assert_two_times_rule, check
+from helpers import Call, assert_two_times_rule, check, relative_error
 
 from adapter_ops import bottleneck_adapter, cpu, ops, reference
 from adapter_ops.kernels import launch
@@ -201,7 +201,7 @@ def test_large_gradient(use_path, monkeypatch, repeated, dtype, scale, wanted):
 @pytest.mark.parametrize("M", [9, 9000])
 @pytest.mark.parametrize("which", ["x", "residual", "dy"])
 def test_rows_that_overlap(path, which, M):
-    """Tensor.unfold makes them; oneDNN refuses their strides."""
+    """Tensor.unfold makes them; oneDNN refuses their strides in a weight gradient."""
     if path == "interpreter" and M > 9:
         pytest.skip("oneDNN is called from 2^16 elements on, and by the CPU path only")
     call = Call(M, 48, 12, own_residual=True)
@@ -225,3 +225,13 @@ def test_long_sums_over_tokens_in_fp32(use_path, kind, M, D, R):
     if kind == "equal rows":
         call.inputs["x"], call.dy = (t[:1].expand(M, D).contiguous() for t in (call.inputs["x"], call.dy))
     check(call, "cpu", ["w_down", "w_up", "b_down", "b_up"])
+
+
+def test_errors_in_fp32_do_not_grow_with_the_tokens():
+    """Equal rows again: a sum over all tokens at once would lose a digit more for every few thousand of them."""
+    a, b = torch.randn(1, 16), torch.randn(1, 40)
+    errors = []
+    for M in (1024, 1 << 17):
+        rows = [t.expand(M, -1).contiguous() for t in (a, b)]
+        errors.append(relative_error(cpu._outer(*rows), M * (a.double().t() @ b.double())))
+    assert errors[1] <= 1.5 * errors[0] + torch.finfo(torch.float32).eps

@@ -284,6 +284,21 @@ def test_export_keeps_the_op_and_decomposes_it(path, scale, strict):
         torch.testing.assert_close(program.module()(x), adapter(x))
 
 
+def test_a_compiled_call_is_not_decomposed(path, monkeypatch):
+    """Neither the op nor, where sizes are symbolic, its fake."""
+
+    def decomposition(*arguments):
+        raise AssertionError("the compiled call went through the decomposition")
+
+    monkeypatch.setitem(torch._decomp.decomposition_table, torch.ops.adapter_ops.forward.default, decomposition)
+    torch.compiler.reset()
+    adapter = BottleneckAdapter(20, 6, init_std=0.2, scale=0.5)  # dynamic=True makes a symbol of the scale too
+    compiled = torch.compile(adapter, dynamic=True, fullgraph=True, backend="aot_eager")
+    for M in (3, 5):
+        x = torch.randn(M, 20, requires_grad=True)
+        torch.testing.assert_close(compiled(x), adapter(x))
+
+
 # Tensors that are more than a dense array
 
 
