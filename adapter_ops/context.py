@@ -32,6 +32,13 @@ class Choice:
         self.follows = follows  # holds the default for the time of a call, and follows a change made within that call
 
 
+def _live(choice: Choice | None) -> Choice | None:
+    """The innermost choice, of this one and those around it, whose block has not been left."""
+    while choice is not None and not choice.live:
+        choice = choice.outer
+    return choice
+
+
 class Scope:
     """The innermost choice for each model, by `Selection.key`."""
 
@@ -74,8 +81,9 @@ class Selection:
         """The task that a call made here and now runs, or None."""
         choice = self._innermost()
         while choice is not None:
+            task = choice.task  # before `live`, since another thread may leave the block meanwhile
             if choice.live and choice.decides:
-                return choice.task
+                return task
             choice = choice.outer
         return self.default
 
@@ -102,7 +110,7 @@ class Selection:
 
     def enter(self, decides: bool, task: Any, skipped: frozenset[int] = _NO_LAYERS, follows: bool = False) -> Choice:
         """Makes a choice for the current context; `leave` takes it back."""
-        choices = _NOTHING.current.choices
+        choices = {key: outer for key, c in _NOTHING.current.choices.items() if (outer := _live(c)) is not None}
         choice = Choice(choices.get(self.key), decides, task, skipped, follows)
         _SCOPE.set(Scope({**choices, self.key: choice}))
         return choice
@@ -110,20 +118,21 @@ class Selection:
     def hold(self) -> Choice:
         """Keeps for the current context the task that is active now, whatever others do to the default."""
         choice = _NOTHING.current.choices.get(self.key)
-        while choice is not None and not (choice.live and choice.decides):
+        while choice is not None:
+            task = choice.task
+            if choice.live and choice.decides:
+                return self.enter(True, task, follows=choice.follows)
             choice = choice.outer
-        if choice is None:
-            return self.enter(True, self.default, follows=True)
-        return self.enter(True, choice.task, follows=choice.follows)
+        return self.enter(True, self.default, follows=True)
 
     def leave(self, choice: Choice) -> None:
         choice.live = False
+        choice.task = None  # the context that entered it may keep it for long
         choices = _NOTHING.current.choices
         innermost = choices.get(self.key)
         if innermost is None or innermost.live:
             return  # another context's choice, or one that a block inside has yet to leave
-        while innermost is not None and not innermost.live:
-            innermost = innermost.outer
+        innermost = _live(innermost)
         rest = {key: other for key, other in choices.items() if key != self.key}
         _SCOPE.set(Scope(rest if innermost is None else {**rest, self.key: innermost}))
 

@@ -102,6 +102,15 @@ class Bound:
         self.had_its_own = "forward" in module.__dict__
         module.forward = self
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A bound method is pickled as the name of an attribute, and under that name the module has `self`.
+        return self.__dict__ if self.had_its_own else {**self.__dict__, "base": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.base is None:
+            self.base = type(self.module).forward.__get__(self.module)
+
     @property
     def __signature__(self) -> inspect.Signature:
         """Of the forward behind it: transformers' Trainer drops the columns that `model.forward` does not name."""

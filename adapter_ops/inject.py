@@ -54,14 +54,18 @@ class Adapters(nn.Module):
         self.switches: dict[str, Switch] = {}  # by path
         self.bound: list[Bound] = [Root(model, self.selection, self.check_heads)]
         self.handles = []
-        frames = set()
+        frames: set[str] = set()
+        hooked: dict[str, nn.Module] = {}
         for slot in self.slots.values():
             site = slot.site
             if site.entry is not None:
-                entry = model.get_submodule(site.entry)
+                hooked[site.entry] = entry = model.get_submodule(site.entry)
                 self.handles.append(entry.register_forward_pre_hook(slot.on_entry, with_kwargs=True))
                 frames.add(around(model, site.entry, site.output))
-            self.handles.append(model.get_submodule(site.output).register_forward_hook(slot.on_output))
+            hooked[site.output] = output = model.get_submodule(site.output)
+            self.handles.append(output.register_forward_hook(slot.on_output))
+        # torch.compile does not notice hooks on a module that it has compiled without any, but a forward it does.
+        self.bound += [Bound(module) for module in hooked.values()]
         self.bound += [Frame(model.get_submodule(path), self.selection) for path in sorted(frames)]
         for slot in self.slots.values():
             if slot.site.norm is not None:

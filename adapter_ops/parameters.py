@@ -14,6 +14,7 @@ from .hooks import Bound, Slot
 from .integrations.transformers import Site
 from .layers import AdapterLayer
 from .sharding import check_shardable, unshard_copies
+from .wrappers import loaded
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -57,20 +58,24 @@ class Task(nn.Module):
         self.reads_input = any(layer.reads_input for layer in layers.values())
         self.adapters = nn.ModuleDict({key_of(name): layer for name, layer in layers.items()})
         self.copies = nn.ModuleDict({key_of(path): module for path, module in copies.items()})
-        self._holders = [module._parameters for module in self.modules() if module._parameters]
+        self._samples = self._find_samples()
+
+    def _find_samples(self) -> list[dict[str, nn.Parameter | None]]:
+        """Of each adapter and each copy, the dictionary that holds its first parameters."""
+        parts = (*self.layer_at.values(), *self.copy_at.values())
+        held = [[m._parameters for m in part.modules() if m._parameters] for part in parts]
+        return [parameters[0] for parameters in held if parameters]  # a normalisation may have none
 
     def replace_copy(self, path: str, module: nn.Module) -> None:
         self.copy_at[path] = module
         self.copies[key_of(path)] = module
-        self._holders = [module._parameters for module in self.modules() if module._parameters]
+        self._samples = self._find_samples()
 
     def freeze(self) -> None:
-        """What `requires_grad_(False)` does, without a walk over the modules: with hundreds of tasks in a model that
-        would be most of what it takes to load one more."""
-        for parameters in self._holders:
-            for parameter in parameters.values():
-                if parameter is not None and parameter.requires_grad:
-                    parameter.requires_grad_(False)
+        """`requires_grad_(False)`, but one parameter of each adapter and each copy tells whether that is needed: with
+        hundreds of tasks in a model, to ask them all would be most of what it takes to load one more."""
+        if any(p is not None and p.requires_grad for sample in self._samples for p in (next(iter(sample.values())),)):
+            self.requires_grad_(False)
 
 
 def copy_modules(model: nn.Module, paths: Iterable[str], ours: Iterable[Any]) -> dict[str, nn.Module]:
@@ -88,20 +93,24 @@ def copy_modules(model: nn.Module, paths: Iterable[str], ours: Iterable[Any]) ->
     copies: dict[str, nn.Module] = {}
     for path in paths:
         module = model.get_submodule(path)
-        _check_trainable(model, path, module)
-        try:
-            copied = copy.deepcopy(module, memo)
-        except Exception as error:  # whatever a module's own __deepcopy__ raises
-            raise ValueError(
-                f"the module {path!r} cannot be copied for a task: {type(error).__name__}: {error}. Leave it out with "
-                "modules=, or give it parameters that can be copied"
-            ) from error
+        parts = list(module.modules())
+        # accelerate's hooks hold the weights of the whole model.
+        memo |= {id(part._hf_hook): part._hf_hook for part in parts if hasattr(part, "_hf_hook")}
+        with loaded(parts):
+            _check_trainable(model, path, module)
+            try:
+                copied = copy.deepcopy(module, memo)
+            except Exception as error:  # whatever a module's own __deepcopy__ raises
+                raise ValueError(
+                    f"the module {path!r} cannot be copied for a task: {type(error).__name__}: {error}. Leave it out "
+                    "with modules=, or give it parameters that can be copied"
+                ) from error
         for name in _HOOKS:
             setattr(copied, name, OrderedDict())
-        for name in ("_old_forward", "_hf_hook"):  # accelerate's, which stand around the base's module
-            if copied.__dict__.pop(name, None) is not None:
-                copied.__dict__.pop("forward", None)
         for part in copied.modules():
+            if part.__dict__.pop("_hf_hook", None) is not None:  # accelerate's, which stands around the base's module
+                part.__dict__.pop("_old_forward", None)
+                part.__dict__.pop("forward", None)
             if isinstance(part.__dict__.get("forward"), Bound):
                 del part.forward
             for name in _HOOKS[:2]:
@@ -124,7 +133,7 @@ def _check_trainable(model: nn.Module, path: str, module: nn.Module) -> None:
         if parameter.is_meta and not _all_meta(model):
             raise ValueError(
                 f"{name!r} is on the meta device (offloaded, perhaps), so a task cannot have its own copy of {path!r}: "
-                "load it first, or leave it out with modules="
+                "load it first, or leave it out, a head with modules= and a normalisation with layer_norms='frozen'"
             )
 
 

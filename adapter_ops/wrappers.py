@@ -1,5 +1,7 @@
 """What stands around a model, and where in it the adapters hang."""
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -9,8 +11,10 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The model inside what torch.compile, DistributedDataParallel, DataParallel and PEFT return.
 
     `fully_shard` (FSDP2) returns the model itself. The first FSDP, which flattens parameters into others, is refused
-    with a ValueError.
+    with a ValueError, and anything that is no module with a TypeError.
     """
+    if not isinstance(model, nn.Module):  # torch.compile makes a function of a model that it has compiled already
+        raise TypeError(f"expected the model, a torch.nn.Module, not {type(model).__name__}")
     while True:
         inner: Any = model._modules.get("_orig_mod")  # torch.compile
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
@@ -75,3 +79,21 @@ def around(model: nn.Module, first: str, second: str) -> str:
     while parts and type(model.get_submodule(".".join(parts))).forward is nn.Module.forward:
         parts.pop()
     return ".".join(parts)
+
+
+@contextlib.contextmanager
+def loaded(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the context, the parameters that accelerate has offloaded from these modules are where they run.
+
+    accelerate loads them with a hook around the module's forward, so it does not where nobody calls that. Modules
+    without such a hook stay as they are.
+    """
+    offloaded = [
+        m for m in modules if hasattr(m, "_hf_hook") and any(p.is_meta for p in m._parameters.values() if p is not None)
+    ]
+    with contextlib.ExitStack() as stack:
+        for module in offloaded:
+            hook: Any = module._hf_hook
+            stack.callback(hook.post_forward, module, None)
+            hook.pre_forward(module)
+        yield
