@@ -188,7 +188,7 @@ def _load(
             raise ValueError(f"{folder}: {error}") from error
         there = places
         if there is None and header["places"] is not None:
-            there = {key: Place(**place) for key, place in header["places"].items()}
+            there = {key: Place(*(place[f] for f in Place._fields)) for key, place in header["places"].items()}
         sites = plan(model, config, there)
         paths = _Paths(root, sites)
         found, expected = _describe(root, sites, paths), header["base"]
@@ -197,7 +197,7 @@ def _load(
         _compare_bases(folder, expected, {"name": _base_name(root), "digest": _digest(root, sites, paths)}, strict)
         heads = _choose(folder, header["modules"], wanted, paths)
         task = build(model, config, sites, heads, device="meta")
-        _take_labels(root, task, header["labels"])
+        _take_labels(folder, root, task, header["labels"])
         built.update(task=task, sites=sites, places=there, paths=paths)
         return {key: tuple(t.shape) for key, t in _live(task, paths).items()}
 
@@ -208,6 +208,10 @@ def _load(
     for site in built["sites"]:
         if site.name in task.layer_at:
             task.layer_at[site.name].to_empty(device=beside(root, site)[0])
+    for path in task.heads:
+        output = output_of(task.copy_at[path])
+        if output is not None and output.weight.is_meta:  # made anew for another number of labels
+            output.to_empty(device=next(root.get_submodule(path).parameters()).device)
     with torch.no_grad():
         for key, t in _live(task, built["paths"]).items():
             t.copy_(saved.tensors[key])
@@ -246,21 +250,21 @@ def _choose(folder: str | os.PathLike[str], saved: list[str], wanted: list[str] 
     return list(here)
 
 
-def _take_labels(root: nn.Module, task: Task, saved: dict[str, Any] | None) -> None:
+def _take_labels(folder: str | os.PathLike[str], root: nn.Module, task: Task, saved: dict[str, Any] | None) -> None:
     """Gives a built task the labels of its file, and its head as many outputs."""
     base, task.labels = labels_of(root, [task.copy_at[path] for path in task.heads]), None
     if saved is None or not task.heads:
         return
-    names = saved["id2label"]
-    task.labels = Labels(
-        saved["num_labels"], names and {int(n): label for n, label in names.items()}, saved["problem_type"]
-    )
-    if base is None or base.num_labels == task.labels.num_labels:
+    count, names = saved["num_labels"], saved["id2label"]
+    if not 1 <= count < 1 << 31 or not all(n.isdecimal() for n in names or {}):
+        raise ValueError(f"{folder}: num_labels is {count} and id2label has the keys {list(names or {})[:4]}")
+    task.labels = Labels(count, names and {int(n): label for n, label in names.items()}, saved["problem_type"])
+    if base is None or base.num_labels == count:
         return
     for path in task.heads:
         output = output_of(task.copy_at[path])
         if output is not None and output.out_features == base.num_labels:
-            task.replace_copy(path, resize(task.copy_at[path], task.labels.num_labels))
+            task.replace_copy(path, resize(task.copy_at[path], count))
 
 
 def _describe(root: nn.Module, sites: list[Site], paths: _Paths) -> dict[str, Any]:

@@ -174,11 +174,12 @@ def output_of(head: nn.Module) -> nn.Linear | None:
 
 
 def resize(head: nn.Module, outputs: int) -> nn.Module:
-    """A head with another number of outputs; its last nn.Linear is made anew, uninitialised."""
+    """A head with another number of outputs. Its last nn.Linear is made anew, on the meta device, so that a number of
+    outputs that nobody has checked takes no memory."""
     old = output_of(head)
     assert old is not None
     new = nn.Linear(
-        old.in_features, outputs, old.bias is not None, device=old.weight.device, dtype=old.weight.dtype
+        old.in_features, outputs, old.bias is not None, device="meta", dtype=old.weight.dtype
     ).requires_grad_(False)
     for module in head.modules():
         for name, child in module._modules.items():

@@ -138,7 +138,7 @@ def edit(change):
 def edit_header(**changes):
     return edit(
         lambda header, tensors: (
-            header | {k: header[k] | v if isinstance(v, dict) else v for k, v in changes.items()},
+            header | {k: (header[k] or {}) | v if isinstance(v, dict) else v for k, v in changes.items()},
             tensors,
         )
     )
@@ -175,6 +175,14 @@ DAMAGE = {
     "deep": (edit_header(config={"depth": 10**6}), ValueError, "depth is 1000000"),
     "huge": (edit_header(config={"bottleneck": 10**6}), ValueError, "lacks|has shape"),
     "taken by the container": (edit_header(name="keys"), ValueError, "taken by nn.ModuleDict"),
+    "many labels": (edit_header(labels={"num_labels": 10**9}), ValueError, "has shape"),
+    "no labels": (edit_header(labels={"num_labels": 0}), ValueError, "num_labels is 0"),
+    "labels by name": (edit_header(labels={"id2label": {"x": "y"}}), ValueError, r"id2label has the keys \['x'\]"),
+    "odd places": (
+        edit_header(places={"mlp": {"output": "a.*", "entry": None, "norm": None}}),
+        ValueError,
+        "places has keys",
+    ),
     "module twice": (edit_header(modules=["classifier", "classifier"]), None, ""),
     "ours as a head": (edit_header(modules=["adapter_ops"]), ValueError, r"no modules \['adapter_ops'\]"),
     "part of a head": (edit_header(modules=["bert"]), ValueError, "lacks|do not belong|has its own"),

@@ -192,7 +192,7 @@ def test_every_function_takes_a_wrapped_model(wrap, tmp_path, capsys):
 
 def test_what_is_no_module():
     for function in (add_adapter, set_active_adapter, train_adapter):
-        with pytest.raises(TypeError, match="expected the model, a torch.nn.Module, not function"):
+        with pytest.raises(TypeError, match=r"expected the model, a torch\.nn\.Module, not function"):
             function(compiled(compiled(tiny())), "a")
 
 
