@@ -44,7 +44,7 @@ def test_texts_that_are_no_config(text):
 def test_what_an_adapter_reads():
     for placement, ln_before, has_norm in itertools.product([("ffn",), "parallel"], [False, True], [False, True]):
         if placement == "parallel" and ln_before:
-            with pytest.raises(ValueError, match="placement='parallel' with ln_before=True, ln_after=True: .*beside"):
+            with pytest.raises(ValueError, match=r"placement=.parallel. with ln_before=True, ln_after=True: .*beside"):
                 AdapterConfig(placement=placement, ln_before=ln_before)
             continue
         reads = AdapterConfig(placement=placement, ln_before=ln_before).reads(has_norm)
