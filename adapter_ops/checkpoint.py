@@ -284,12 +284,13 @@ def _base_name(root: nn.Module) -> str | None:
 
 
 def _digest(root: nn.Module, sites: list[Site], paths: _Paths) -> str | None:
-    """A digest of a few tensors of the layers that have sites, since others, such as a pooler, may be new in every
-    process; None where one of them is not there to be read."""
+    """A digest of a few matrices of the layers that have sites; None where one of them is not there to be read.
+
+    Other modules, such as a pooler, may be new in every process, and vectors are often all ones or all zeros.
+    """
     layers = tuple({f"{site.name.rpartition('.')[0]}." for site in sites})
-    named = sorted(
-        (paths.in_file(n), p) for n, p in base_parameters(root) if n.startswith(layers) and p.dtype in DTYPES
-    )
+    found = [(paths.in_file(n), p) for n, p in base_parameters(root) if n.startswith(layers) and p.dtype in DTYPES]
+    named = sorted((n, p) for n, p in found if p.dim() > 1)
     chosen = named[:: max(1, -(-len(named) // _DIGEST_TENSORS))]
     digest = hashlib.sha256()
     for name, parameter in chosen:
