@@ -18,6 +18,7 @@ from .inject import LOCK, adapters_of, attach, build, check_new, labels_of, plan
 from .integrations.transformers import Place, Site, base_modules, base_parameters, find_bodies, find_models
 from .parameters import Labels, Task, beside, output_of, resize
 from .sharding import fill, full, one_writer, reshard
+from .wrappers import runs_on
 
 _DIGEST_TENSORS, _DIGEST_ELEMENTS = 8, 4096
 
@@ -174,7 +175,8 @@ def _load(
     check_finite: bool,
 ) -> str:
     root = root_of(model)
-    if any(p.is_meta for _, p in base_parameters(root)) and all(p.is_meta for _, p in base_parameters(root)):
+    meta = [p.is_meta for _, p in base_parameters(root)]
+    if meta and all(meta) and all(runs_on(module) is None for _, module in base_modules(root)):
         raise ValueError("the model is on the meta device, which holds no values: move it first")
     wanted = [modules] if isinstance(modules, str) else None if modules is None else list(modules)
     built: dict[str, Any] = {}

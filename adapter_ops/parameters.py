@@ -14,7 +14,7 @@ from .hooks import Bound, Slot
 from .integrations.transformers import Site
 from .layers import AdapterLayer
 from .sharding import check_shardable, unshard_copies
-from .wrappers import loaded
+from .wrappers import loaded, runs_on
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -142,7 +142,8 @@ def _all_meta(model: nn.Module) -> bool:
 
 
 def beside(model: nn.Module, site: Site) -> tuple[torch.device, torch.dtype]:
-    """The device and dtype for an adapter at a site: those of the nearest parameter that is real and can be trained.
+    """The device and dtype for an adapter at a site: those of the nearest parameter that can be
+    trained and has values, or will have them where accelerate brings it to run.
 
     Raises ValueError where the site's layer is offloaded and nothing says where it runs.
     """
@@ -154,10 +155,10 @@ def beside(model: nn.Module, site: Site) -> tuple[torch.device, torch.dtype]:
         for parameter in parameters:
             if not parameter.is_meta:
                 return parameter.device, parameter.dtype
-        # accelerate's hook says where an offloaded module is brought to run.
-        where = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-        if parameters and where is not None:
-            return torch.device("cuda", where) if isinstance(where, int) else torch.device(where), parameters[0].dtype
+        if parameters:
+            for part in module.modules():
+                if (device := runs_on(part)) is not None:
+                    return device, parameters[0].dtype
         if path == layer and parameters and not _all_meta(model):
             raise ValueError(
                 f"the layer {layer!r} is on the meta device (offloaded, perhaps), and no hook of accelerate's says "

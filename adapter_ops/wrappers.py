@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -97,3 +98,13 @@ def loaded(modules: Iterable[nn.Module]) -> Iterator[None]:
             stack.callback(hook.post_forward, module, None)
             hook.pre_forward(module)
         yield
+
+
+def runs_on(module: nn.Module) -> torch.device | None:
+    """Where accelerate's hook brings what it has offloaded from this module; None where there is no such hook."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    for part in getattr(hook, "hooks", (hook,)):  # of several hooks on one module accelerate makes one
+        device = getattr(part, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return None

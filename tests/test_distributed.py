@@ -12,6 +12,7 @@ import traceback
 import pytest
 import torch
 import torch.distributed as dist
+from helpers_models import CONFIG, PLACES, tiny
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -24,7 +25,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from adapter_ops import (
-    AdapterConfig,
     active_adapter,
     add_adapter,
     load_adapter,
@@ -35,42 +35,15 @@ from adapter_ops import (
     train_adapter,
     using_adapter,
 )
-from adapter_ops.integrations.transformers import Place
 
-PLACES = {"attention": Place("layers.*.mix", "layers.*.norm1"), "ffn": Place("layers.*.down", "layers.*.norm2")}
-CONFIG = AdapterConfig(bottleneck=4)
 X = torch.linspace(-2, 2, 4 * 3 * 8, dtype=torch.float64).view(4, 3, 8)
 Y = torch.tensor([0, 1, 2, 0])
 CHOICES = ("a", "b", None)
 SECONDS = 120
 
 
-class Layer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm1, self.mix = nn.LayerNorm(8), nn.Linear(8, 8)
-        self.norm2, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 12), nn.Linear(12, 8)
-
-    def forward(self, x):
-        x = x + self.mix(self.norm1(x).cumsum(1))
-        return x + self.down(self.up(self.norm2(x)).relu())
-
-
-class Tiny(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(Layer() for _ in range(2))
-        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 3)
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(self.norm(x).mean(1))
-
-
 def base(seed=0):
-    torch.manual_seed(seed)
-    return Tiny().double().eval()
+    return tiny(seed).double()
 
 
 def add(model, name, seed=0, config=CONFIG):

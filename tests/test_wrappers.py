@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-import transformers as hf
+from helpers_models import CONFIG, PLACES, bert, run, strengthen, tiny
 from torch import nn
 
 from adapter_ops import (
@@ -23,64 +23,9 @@ from adapter_ops import (
     using_adapter,
 )
 from adapter_ops.files import WEIGHTS_FILE
-from adapter_ops.integrations.transformers import Place
 
 pytestmark = pytest.mark.usefixtures("aten")
 
-TEXT = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=40)
-IDS = torch.arange(3, 17).view(2, 7)
-CONFIG = AdapterConfig(bottleneck=4)
-
-
-def bert(cls=hf.BertForSequenceClassification, **fields):
-    torch.manual_seed(0)
-    return cls(hf.BertConfig(**TEXT | fields)).eval()
-
-
-@torch.no_grad()
-def strengthen(model, seed=1):
-    """Makes what trains matter: a new adapter hardly changes anything."""
-    torch.manual_seed(seed)
-    for p in model.parameters():
-        if p.requires_grad:
-            p.add_(torch.randn_like(p) / 4)
-
-
-@torch.no_grad()
-def run(model, **inputs):
-    output = model(**inputs or {"input_ids": IDS})
-    return output if isinstance(output, torch.Tensor) else output[0]
-
-
-class Layer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm1, self.mix = nn.LayerNorm(8), nn.Linear(8, 8)
-        self.norm2, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 12), nn.Linear(12, 8)
-
-    def forward(self, x):
-        x = x + self.mix(self.norm1(x).cumsum(1))
-        return x + self.down(self.up(self.norm2(x)).relu())
-
-
-class Tiny(nn.Module):
-    def __init__(self, labels=3):
-        super().__init__()
-        self.layers = nn.ModuleList(Layer() for _ in range(2))
-        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, labels)
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(self.norm(x).mean(1))
-
-
-def tiny(seed=0, **fields):
-    torch.manual_seed(seed)
-    return Tiny(**fields).eval()
-
-
-PLACES = {"attention": Place("layers.*.mix", "layers.*.norm1"), "ffn": Place("layers.*.down", "layers.*.norm2")}
 OUTPUTS = {"attention": "layers.*.mix", "ffn": "layers.*.down"}
 X = torch.linspace(-2, 2, 2 * 3 * 8).view(2, 3, 8)
 
@@ -140,8 +85,8 @@ def test_every_function_takes_a_wrapped_model(wrap, tmp_path, capsys):
     """Through a wrapper each does what it does to the model itself, and files and keys are the same."""
     torch._dynamo.reset()
     plain, wrapped = tiny(), wrap(tiny())
-    base = run(plain, x=X)
-    torch.testing.assert_close(run(wrapped, x=X), base)
+    base = run(plain, X)
+    torch.testing.assert_close(run(wrapped, X), base)
     for model in (plain, wrapped):
         torch.manual_seed(1)
         add_adapter(model, "a", CONFIG, places=PLACES)
@@ -157,8 +102,8 @@ def test_every_function_takes_a_wrapped_model(wrap, tmp_path, capsys):
     capsys.readouterr()
 
     def same():
-        torch.testing.assert_close(run(wrapped, x=X), run(plain, x=X))
-        return run(plain, x=X)
+        torch.testing.assert_close(run(wrapped, X), run(plain, X))
+        return run(plain, X)
 
     trained = same()
     assert not torch.allclose(trained, base)
@@ -227,6 +172,13 @@ def test_train_adapter_through_data_parallel_warns():
         delete_adapter(wrapped, "c")
 
 
+def test_what_is_no_module_is_refused():
+    """torch.compile of a compiled model returns a function, behind which no model is to be found."""
+    for function in (add_adapter, save_adapter):
+        with pytest.raises(TypeError, match=r"a torch\.nn\.Module, not function"):
+            function(compiled(compiled(tiny())), "t", "houlsby")
+
+
 def test_fsdp1_is_refused():
     class FullyShardedDataParallel(nn.Module):
         pass
@@ -274,8 +226,8 @@ def test_compiled_before_the_first_adapter(wrap, config, places):
 
     def check():
         with torch.compiler.set_stance("force_eager"):
-            expected = run(model, x=X)
-        torch.testing.assert_close(run(wrapped, x=X), expected)
+            expected = run(model, X)
+        torch.testing.assert_close(run(wrapped, X), expected)
         return expected
 
     base = check()
