@@ -92,7 +92,7 @@ class Selection:
         choice = self._innermost()
         layers = _NO_LAYERS
         while choice is not None:
-            if choice.live:
+            if choice.skipped and choice.live:
                 layers = layers | choice.skipped
             choice = choice.outer
         return layers
