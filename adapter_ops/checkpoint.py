@@ -26,7 +26,8 @@ _DIGEST_TENSORS, _DIGEST_ELEMENTS = 8, 4096
 class _Paths:
     """Paths in this model and in a file, which has those below the base model without the base's own path.
 
-    So a task moves between a bare base, a base with a head, and a wrapper around either.
+    So a task moves between a bare base, a base with a head, and a wrapper around either. Where a module outside of the
+    base has the path that one below it would get, as a wrapper's own "pooler" has, it gets a "+" in front.
     """
 
     def __init__(self, root: nn.Module, sites: list[Site]) -> None:
@@ -40,10 +41,12 @@ class _Paths:
         for prefix in self.prefixes:
             if path.startswith(prefix):
                 return path.removeprefix(prefix)
-        return path
+        return f"+{path}" if any(prefix + path in self.known for prefix in self.prefixes) else path
 
     def in_model(self, path: str) -> str:
         """Below the base if there is a module of that path, else as it is."""
+        if path.startswith("+") and self.prefixes:
+            return path[1:]
         return next((p + path for p in self.prefixes if p + path in self.known), path)
 
 
@@ -263,10 +266,14 @@ def _take_labels(folder: str | os.PathLike[str], root: nn.Module, task: Task, sa
     task.labels = Labels(count, names and {int(n): label for n, label in names.items()}, saved["problem_type"])
     if base is None or base.num_labels == count:
         return
-    for path in task.heads:
-        output = output_of(task.copy_at[path])
-        if output is not None and output.out_features == base.num_labels:
-            task.replace_copy(path, resize(task.copy_at[path], count))
+    outputs = {path: output_of(task.copy_at[path]) for path in task.heads}
+    fitting = [
+        path for path, output in outputs.items() if output is not None and output.out_features == base.num_labels
+    ]
+    # A layer before the last, as DistilBERT's pre_classifier, may by chance have as many outputs as there are classes.
+    changing = [path for path in fitting if outputs[path].in_features != base.num_labels]  # type: ignore[union-attr]
+    for path in changing or fitting[-1:]:
+        task.replace_head(path, resize(task.copy_at[path], count))
 
 
 def _describe(root: nn.Module, sites: list[Site], paths: _Paths) -> dict[str, Any]:

@@ -57,7 +57,11 @@ class Task(nn.Module):
         self.copy_at = copies
         self.reads_input = any(layer.reads_input for layer in layers.values())
         self.adapters = nn.ModuleDict({key_of(name): layer for name, layer in layers.items()})
-        self.copies = nn.ModuleDict({key_of(path): module for path, module in copies.items()})
+        # No ModuleDicts, whose methods have names, such as `values`, that a head may have too. Whoever leaves
+        # normalisations out of weight decay by their names finds the copies of all by that of `layernorms`.
+        self.copies, self.layernorms = nn.Module(), nn.Module()
+        for path, module in copies.items():
+            (self.layernorms if path in norms else self.copies).add_module(key_of(path), module)
         self._samples = self._find_samples()
 
     def _find_samples(self) -> list[dict[str, nn.Parameter | None]]:
@@ -66,9 +70,9 @@ class Task(nn.Module):
         held = [[m._parameters for m in part.modules() if m._parameters] for part in parts]
         return [parameters[0] for parameters in held if parameters]  # a normalisation may have none
 
-    def replace_copy(self, path: str, module: nn.Module) -> None:
+    def replace_head(self, path: str, module: nn.Module) -> None:
         self.copy_at[path] = module
-        self.copies[key_of(path)] = module
+        self.copies.add_module(key_of(path), module)
         self._samples = self._find_samples()
 
     def freeze(self) -> None:
@@ -82,7 +86,7 @@ def copy_modules(model: nn.Module, paths: Iterable[str], ours: Iterable[Any]) ->
     """Copies of the base's modules at these paths, which run in their place. What they share stays shared.
 
     `ours` are the objects that this library has put on the base; the copies do without them, and without the hooks on
-    the module itself, which run around the copy.
+    the module itself, which run around the copy, unless these compute its weights. The hooks of its parts are shared.
 
     Raises:
         ValueError: a module that cannot be copied, or whose parameters cannot be trained; before anything changed.
@@ -96,6 +100,11 @@ def copy_modules(model: nn.Module, paths: Iterable[str], ours: Iterable[Any]) ->
         parts = list(module.modules())
         # accelerate's hooks hold the weights of the whole model.
         memo |= {id(part._hf_hook): part._hf_hook for part in parts if hasattr(part, "_hf_hook")}
+        # A user's hook may write to an object of the user's, or be a method of the model.
+        memo |= {id(hook): hook for part in parts for name in _HOOKS for hook in getattr(part, name).values()}
+        # What a module keeps of its last call deepcopy refuses, since it is part of a graph.
+        kept = [t for part in parts for t in vars(part).values() if isinstance(t, torch.Tensor) and not t.is_leaf]
+        memo |= {id(t): t.detach().clone() for t in kept}
         with loaded(parts):
             _check_trainable(model, path, module)
             try:
@@ -106,7 +115,8 @@ def copy_modules(model: nn.Module, paths: Iterable[str], ours: Iterable[Any]) ->
                     "with modules=, or give it parameters that can be copied"
                 ) from error
         for name in _HOOKS:
-            setattr(copied, name, OrderedDict())
+            hooks = getattr(copied, name)
+            setattr(copied, name, OrderedDict((n, hook) for n, hook in hooks.items() if _computes_weights(hook)))
         for part in copied.modules():
             if part.__dict__.pop("_hf_hook", None) is not None:  # accelerate's, which stands around the base's module
                 part.__dict__.pop("_old_forward", None)
@@ -123,8 +133,18 @@ def copy_modules(model: nn.Module, paths: Iterable[str], ours: Iterable[Any]) ->
     return copies
 
 
+def _computes_weights(hook: Any) -> bool:
+    """Whether a hook is of torch.nn.utils' weight_norm, spectral_norm or prune."""
+    return any(kind.__module__.startswith("torch.nn.utils.") for kind in type(hook).__mro__)
+
+
 def _check_trainable(model: nn.Module, path: str, module: nn.Module) -> None:
     for name, parameter in module.named_parameters(path):
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(
+                f"{name!r} has no shape yet, so {path!r} cannot be a task's own: call the model once, which gives its "
+                "lazy modules their parameters, or leave it out with modules="
+            )
         if parameter.dtype not in DTYPES:
             raise ValueError(
                 f"{name!r} has dtype {parameter.dtype}, which cannot be trained, so {path!r} cannot be a task's own: "
