@@ -167,17 +167,37 @@ class Frame(Bound):
             _FRAMES.inputs = outer
 
 
+def _keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """A forward hook that leaves the output as it is."""
+
+
 class Switch(Bound):
     """Of a LayerNorm or a head: calls the active task's own copy, if it has one.
 
     Of the normalisation behind a site it is also where an adapter with `ln_before` stands.
     """
 
-    def __init__(self, module: nn.Module, path: str, selection: Selection, slot: Slot | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        path: str,
+        above: tuple[nn.Module, str],
+        selection: Selection,
+        slot: Slot | None = None,
+    ) -> None:
         super().__init__(module)
         self.path = path
+        self.above = above  # the module's parent, and its name there
         self.selection = selection
         self.slot = slot
+        # In eval nn.TransformerEncoderLayer reads the weights of its norms and does not call them, unless it has hooks.
+        in_encoder = isinstance(above[0], nn.TransformerEncoderLayer)
+        self.handle = module.register_forward_hook(_keep) if in_encoder else None
+
+    def remove(self) -> None:
+        super().remove()
+        if self.handle is not None:
+            self.handle.remove()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         task = self.selection.task()

@@ -52,7 +52,7 @@ class Adapters(nn.Module):
         self._model = (model,)  # in a tuple, or it would be a child of its own child
         self.slots = {site.name: Slot(site, self.selection) for site in sites}
         self.switches: dict[str, Switch] = {}  # by path
-        self.bound: list[Bound] = [Root(model, self.selection, self.check_heads)]
+        self.bound: list[Bound] = [Root(model, self.selection, self.check)]
         self.handles = []
         frames: set[str] = set()
         hooked: dict[str, nn.Module] = {}
@@ -64,6 +64,7 @@ class Adapters(nn.Module):
                 frames.add(around(model, site.entry, site.output))
             hooked[site.output] = output = model.get_submodule(site.output)
             self.handles.append(output.register_forward_hook(slot.on_output))
+        self.hooked = [(path, *_above(model, path), module) for path, module in hooked.items()]
         # torch.compile does not notice hooks on a module that it has compiled without any, but a forward it does.
         self.bound += [Bound(module) for module in hooked.values()]
         self.bound += [Frame(model.get_submodule(path), self.selection) for path in sorted(frames)]
@@ -90,11 +91,12 @@ class Adapters(nn.Module):
 
     @property
     def names(self) -> list[str]:
-        return [key.replace("+", ".") for key in self.tasks]
+        return [key.replace("+", ".") for key in list(self.tasks._modules)]  # which other threads may add to
 
     def name_of(self, task: Task | None) -> str | None:
         """The name of a task that was read off `selection`; None for no task, and for one deleted since."""
-        return next((name for name in self.names if self.task(name) is task), None)
+        tasks = list(self.tasks._modules.items())
+        return next((key.replace("+", ".") for key, other in tasks if other is task), None)
 
     def switch(self, path: str, slot: Slot | None = None) -> None:
         """Lets a module of the base give way to a task's copy of it."""
@@ -104,19 +106,31 @@ class Adapters(nn.Module):
             if known is not None:
                 known.remove()  # of a module that was there before
             slot = slot or (known.slot if known else None)
-            self.switches[path] = Switch(module, path, self.selection, slot)
+            self.switches[path] = Switch(module, path, _above(self.model, path), self.selection, slot)
 
-    def check_heads(self, task: Task | None) -> None:
-        """Raises RuntimeError if a module of which the task has its own was replaced, so that it would not run."""
+    def switches_of(self, task: Task) -> list[Switch]:
+        """The switches that a task needs: of its copies, and where an adapter of its may read a normalisation."""
+        switches = list(self.switches.items())  # which other threads may add to
+        return [switch for path, switch in switches if switch.slot is not None or path in task.copy_at]
+
+    def check(self, task: Task | None) -> None:
+        """Raises RuntimeError if a module was replaced since, so that something of the task would not run."""
         if task is None:
             return
-        for path in task.heads:
-            parent, _, leaf = path.rpartition(".")
-            if self.model.get_submodule(parent)._modules.get(leaf) is not self.switches[path].module:
+        for path, parent, leaf, module in self.hooked:
+            now = parent._modules.get(leaf)
+            if now is not module and (now is None or all(part is not module for part in now.modules())):
                 raise RuntimeError(
-                    f"the module {path!r} was replaced after the task {self.name_of(task)!r} got its own: activate the "
-                    "task again (set_active_adapter) to run the task's own, or set_active_adapter(model, None) and "
-                    "add a new task for the new module"
+                    f"the module {path!r} was replaced after the model's first task was added, so that its adapter "
+                    "would not run: put the module back, or save the tasks, delete them and load them again"
+                )
+        for switch in self.switches_of(task):
+            parent, leaf = _above(self.model, switch.path) if switch.path in task.heads else switch.above
+            if parent._modules.get(leaf) is not switch.module:
+                raise RuntimeError(
+                    f"the module {switch.path!r} was replaced after the task {self.name_of(task)!r} got its own: "
+                    "activate the task again (set_active_adapter) to run the task's own, or "
+                    "set_active_adapter(model, None) and add a new task for the new module"
                 )
 
     def remove(self) -> None:
@@ -124,6 +138,12 @@ class Adapters(nn.Module):
             handle.remove()
         for bound in reversed([*self.bound, *self.switches.values()]):
             bound.remove()
+
+
+def _above(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that has the one at a path as a child, and the child's name there."""
+    parent, _, leaf = path.rpartition(".")
+    return model.get_submodule(parent), leaf
 
 
 def adapters_of(model: nn.Module, name: str | None = None) -> Adapters:
@@ -155,6 +175,8 @@ def add_adapter(
     places: Mapping[str, str | Place] | None = None,
 ) -> None:
     """Puts a new task's adapters into the model and makes it the one that trains (see `train_adapter`).
+
+    The model's first task is to be added while no other thread calls the model; further ones may be at any time.
 
     Args:
         model: a transformers model of a family in `integrations.transformers.FAMILIES`, a module that contains one, or
@@ -239,6 +261,7 @@ def build(
             where = torch.device(device) if device else where
             layer = AdapterLayer(config, site.layer, site.hidden_size, where, dtype, has_norm=site.norm is not None)
             layers[site.name] = layer.requires_grad_(False).train(root.training)
+    _check_apart(own, [site for site in sites if site.name in layers])
     copies = copy_modules(root, (*own, *norms), [] if found is None else found.machinery)
     return Task(config, own, norms, layers, copies, labels_of(root, [copies[path] for path in own]))
 
@@ -248,7 +271,7 @@ def attach(
 ) -> None:
     """Makes a built task part of the model. Nothing in it can fail but a sharded model's process group."""
     root, found = root_of(model), _find(model)
-    shard_like(root, [*task.adapters.values(), *task.copies.values()])
+    shard_like(root, [*task.layer_at.values(), *task.copy_at.values()])
     adapters = found or Adapters(root, sites, places)
     for path in task.copy_at:
         adapters.switch(path)
@@ -286,7 +309,8 @@ def using_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
     """Within the context one task is active, or with None the bare base: in this thread or async task alone.
 
     Whatever is active elsewhere, and the model's default (`set_active_adapter`), stay as they are. Contexts nest, and
-    one model may be in use with different tasks in many threads at once. New threads start with the default. With
+    one model may be in use with different tasks in many threads at once. New threads start with the default, and an
+    async task that is created within the context has the task until the context ends, so await it there. With
     gradient checkpointing, run backward inside the context too, since it runs layers again. A generator that yields
     inside the context leaves it open in its caller until it goes on, as it would `torch.no_grad()`.
 
@@ -308,17 +332,16 @@ def rebind(adapters: Adapters, task: Task, name: str | None) -> None:
 
     Raises ValueError, with nothing changed, where the base has no such module any more.
     """
-    for path in task.copy_at:
-        known = adapters.switches[path]
+    for switch in adapters.switches_of(task):
         try:
-            module = adapters.model.get_submodule(path)
+            module = adapters.model.get_submodule(switch.path)
         except AttributeError:
             raise ValueError(
-                f"the model has no module {path!r} any more, of which the task {name!r} has its own"
+                f"the model has no module {switch.path!r} any more, of which the task {name!r} has its own"
             ) from None
-        if known.module is not module:
+        if switch.module is not module:
             with LOCK:
-                adapters.switch(path)
+                adapters.switch(switch.path)
 
 
 def belongings(
@@ -348,11 +371,28 @@ def belongings(
     return heads, tuple(path for path in norms if not f"{path}.".startswith(inside))
 
 
+def _check_apart(heads: Iterable[str], sites: list[Site]) -> None:
+    """Raises ValueError if a module of the task's own has a place of its adapters inside."""
+    for site in sites:
+        for path in (site.output, site.entry, site.norm):
+            if path is not None and (around := [head for head in heads if path.startswith(f"{head}.")]):
+                raise ValueError(
+                    f"{around[0]!r} contains {path!r}, where the adapter at {site.name!r} hangs, which would not run "
+                    "inside a task's own copy: name smaller modules, or leave the layer out with leave_out="
+                )
+
+
 def plan(model: nn.Module, config: AdapterConfig, places: Mapping[str, str | Place] | None = None) -> list[Site]:
     """The model's sites, checked to serve `config`; see `add_adapter` for the errors."""
     found = _find(model)
     if found is None:
-        sites = find_sites(unwrap(model), places)
+        root = unwrap(model)
+        sites = find_sites(root, places)
+        if other := [path for path, m in base_modules(root) if isinstance(m.__dict__.get("forward"), Bound)]:
+            raise ValueError(
+                f"{other[0]!r} runs the adapters of another model, which contains it too: add the task to that model, "
+                "or delete that model's tasks first"
+            )
     else:
         sites = found.sites
         if places is not None and find_sites(found.model, places) != sites:
@@ -418,9 +458,19 @@ def train_adapter(model: nn.Module, name: str) -> None:
     freezes them) and head; everything else is frozen (paper §2).
 
     Raises ValueError for an unknown name. Warns where the model is wrapped in DistributedDataParallel, which
-    synchronises the gradients of those parameters alone that trained when it was made.
+    synchronises the gradients of those parameters alone that trained when it was made, and where the model's first task
+    was added to a part of it alone and parameters outside of that part train: no task has them, and they stay as they
+    are.
     """
     adapters = adapters_of(model, name)
+    outer, inside = unwrap(model), {id(p) for _, p in base_parameters(adapters.model)}
+    if outside := [n for n, p in base_parameters(outer) if p.requires_grad and id(p) not in inside]:
+        warnings.warn(
+            f"{len(outside)} parameters train that stand outside of the {type(adapters.model).__name__} to which the "
+            f"first task was added, so they belong to no task and save_adapter does not write them: "
+            f"{', '.join(outside[:4])}",
+            stacklevel=2,
+        )
     if is_data_parallel(model):
         warnings.warn(
             f"DistributedDataParallel does not synchronise parameters that were frozen when it was made: wrap the "
@@ -438,7 +488,8 @@ def train_adapter(model: nn.Module, name: str) -> None:
 
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Removes a task; with the last one, all that this library put into the model. What `train_adapter` froze stays
-    frozen (`model.requires_grad_(True)`). A `using_adapter` that is open keeps the task until it ends.
+    frozen (`model.requires_grad_(True)`). A `using_adapter` that is open keeps the task until it ends, unless it was
+    the model's last one: that is to be deleted while no other thread calls the model.
 
     Raises ValueError for an unknown name.
     """

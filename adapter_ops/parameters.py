@@ -62,24 +62,20 @@ class Task(nn.Module):
         self.copies, self.layernorms = nn.Module(), nn.Module()
         for path, module in copies.items():
             (self.layernorms if path in norms else self.copies).add_module(key_of(path), module)
-        self._samples = self._find_samples()
-
-    def _find_samples(self) -> list[dict[str, nn.Parameter | None]]:
-        """Of each adapter and each copy, the dictionary that holds its first parameters."""
-        parts = (*self.layer_at.values(), *self.copy_at.values())
-        held = [[m._parameters for m in part.modules() if m._parameters] for part in parts]
-        return [parameters[0] for parameters in held if parameters]  # a normalisation may have none
+        self._holders = [module._parameters for module in self.modules() if module._parameters]
 
     def replace_head(self, path: str, module: nn.Module) -> None:
         self.copy_at[path] = module
         self.copies.add_module(key_of(path), module)
-        self._samples = self._find_samples()
+        self._holders = [module._parameters for module in self.modules() if module._parameters]
 
     def freeze(self) -> None:
-        """`requires_grad_(False)`, but one parameter of each adapter and each copy tells whether that is needed: with
-        hundreds of tasks in a model, to ask them all would be most of what it takes to load one more."""
-        if any(p is not None and p.requires_grad for sample in self._samples for p in (next(iter(sample.values())),)):
-            self.requires_grad_(False)
+        """What `requires_grad_(False)` does, without a walk over the modules: with hundreds of tasks in a model that
+        would be most of what it takes to load one more."""
+        for parameters in self._holders:
+            for parameter in parameters.values():
+                if parameter is not None and parameter.requires_grad:
+                    parameter.requires_grad_(False)
 
 
 def copy_modules(model: nn.Module, paths: Iterable[str], ours: Iterable[Any]) -> dict[str, nn.Module]:
