@@ -1,32 +1,40 @@
-"""Tasks of a model that two processes share: FSDP2, DistributedDataParallel and torch.distributed.checkpoint.
+"""Tasks of a model that `fully_shard` (FSDP2) shares between two processes.
 
-Whatever two processes do with half of the batch each has to equal what one process does with all of it. Everything runs
-in fp64, so that a difference which is more than the order of a sum shows.
+Whatever two processes do with half of the batch each has to equal what one process does with all of it.
 """
 
 import copy
 import os
-import queue
-import traceback
 
 import pytest
 import torch
 import torch.distributed as dist
-from helpers_models import CONFIG, PLACES, tiny
-from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_state_dict,
+from helpers_distributed import (
+    CHOICES,
+    Pair,
+    X,
+    Y,
+    adam,
+    add,
+    base,
+    close,
+    half,
+    outputs,
+    shard,
+    step,
+    train,
+    values,
+    with_tasks,
 )
+from helpers_models import CONFIG, PLACES
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from adapter_ops import (
     active_adapter,
+    adapter_summary,
     add_adapter,
+    delete_adapter,
     load_adapter,
     load_task_state_dict,
     save_adapter,
@@ -35,147 +43,6 @@ from adapter_ops import (
     train_adapter,
     using_adapter,
 )
-
-X = torch.linspace(-2, 2, 4 * 3 * 8, dtype=torch.float64).view(4, 3, 8)
-Y = torch.tensor([0, 1, 2, 0])
-CHOICES = ("a", "b", None)
-SECONDS = 120
-
-
-def base(seed=0):
-    return tiny(seed).double()
-
-
-def add(model, name, seed=0, config=CONFIG):
-    torch.manual_seed(seed)
-    add_adapter(model, name, config, places=PLACES)
-
-
-def with_tasks(seed=0):
-    """A model with the tasks "a" and "b", of which no parameter is equal to one of the other's or of the base's."""
-    model = base()
-    for number, name in enumerate("ab"):
-        add(model, name)
-        with torch.no_grad():
-            torch.manual_seed(10 * seed + number)
-            for p in model.parameters():
-                if p.requires_grad:
-                    p.add_(torch.randn_like(p) / 5)
-    return model
-
-
-def shard(model, layers=True, reshard=True, **options):
-    mesh = options.pop("mesh", None) or init_device_mesh("cpu", (2,))
-    for layer in model.layers if layers else ():
-        fully_shard(layer, mesh=mesh, reshard_after_forward=reshard, **options)
-    return fully_shard(model, mesh=mesh, reshard_after_forward=reshard, **options)
-
-
-def half(t):
-    return t[dist.get_rank() :: 2]
-
-
-def step(model, optimizer, x, y):
-    optimizer.zero_grad()
-    nn.functional.cross_entropy(model(x), y).backward()
-    gradients = {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
-    optimizer.step()
-    return gradients
-
-
-def adam(model):
-    return torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.05)
-
-
-def train(shared, alone, steps=2):
-    """Trains what trains in both models: `shared` on this process's half of the batch, `alone` on all of it."""
-    one, two = adam(shared), adam(alone)
-    for _ in range(steps):
-        close(step(shared, one, half(X), half(Y)), step(alone, two, X, Y))
-
-
-def whole(t):
-    t = t.detach()
-    return t.full_tensor() if hasattr(t, "full_tensor") else t.clone()
-
-
-def values(model):
-    return {n: whole(t) for n, t in model.state_dict().items()}
-
-
-@torch.no_grad()
-def outputs(model):
-    """Of every task and of the bare base, each chosen for its call alone."""
-    found = {}
-    for name in CHOICES:
-        with using_adapter(model, name):
-            found[str(name)] = model(X)
-    return found
-
-
-def close(found, expected):
-    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
-    for name, t in expected.items():
-        assert found[name].shape == t.shape and found[name].dtype == t.dtype, name
-        difference = (found[name] - t).abs().max().item() if t.numel() else 0.0
-        assert difference <= 1e-12, f"{name} differs by {difference:.1e}"
-
-
-def worker(rank, address, jobs, results):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    while (job := jobs.get()) is not None:
-        function, arguments = job
-        try:
-            function(*arguments)
-            results.put((rank, None))
-        except BaseException:
-            results.put((rank, traceback.format_exc()))
-    dist.destroy_process_group()
-
-
-class Pair:
-    """Two processes that run a function at the same time; they are killed if it does not end."""
-
-    def __init__(self, folder):
-        context = torch.multiprocessing.get_context("spawn")
-        self.jobs, self.results = [context.Queue(), context.Queue()], context.Queue()
-        address = f"file://{folder}/processes"
-        self.processes = [
-            context.Process(target=worker, args=(rank, address, self.jobs[rank], self.results), daemon=True)
-            for rank in range(2)
-        ]
-        interpreted = os.environ.pop("TRITON_INTERPRET", None)  # they take the CPU path, which is fast
-        try:
-            for process in self.processes:
-                process.start()
-        finally:
-            if interpreted is not None:
-                os.environ["TRITON_INTERPRET"] = interpreted
-
-    def __call__(self, function, *arguments):
-        for jobs in self.jobs:
-            jobs.put((function, arguments))
-        failures = []
-        for _ in self.processes:
-            try:
-                rank, failure = self.results.get(timeout=SECONDS)
-            except queue.Empty:
-                self.kill()
-                pytest.fail("\n".join([*failures, f"the processes did not end within {SECONDS} s"]))
-            if failure:
-                failures.append(f"process {rank}: {failure}")
-        if failures:
-            pytest.fail("\n".join(failures), pytrace=False)
-
-    def kill(self):
-        for process in self.processes:
-            process.kill()
-            process.join()
-
-    @property
-    def alive(self):
-        return all(process.is_alive() for process in self.processes)
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +87,12 @@ def _switching(layers, reshard, folder):
         set_active_adapter(alone, name)
         with torch.no_grad():
             close({"y": shared(X)}, {"y": alone(X)})
+    assert adapter_summary(shared) == adapter_summary(alone)
+    for model in (shared, alone):
+        delete_adapter(model, "a")
+        train_adapter(model, "b")
+    train(shared, alone)
+    close(values(shared), values(alone))
 
 
 @wrapping
@@ -381,110 +254,3 @@ def _mixed_precision():
 def test_fsdp2_in_mixed_precision_saves_and_copies_the_parameters_in_full(both):
     """A forward leaves bf16 parameters in the model; states and copies have the fp32 ones that are trained."""
     both(_mixed_precision)
-
-
-def _checkpoint(whole_state, frozen_too):
-    """The idiom of PyTorch's tutorials: save model and optimizer, and go on in another process group."""
-    options = StateDictOptions(full_state_dict=whole_state, ignore_frozen_params=not frozen_too, strict=frozen_too)
-    alone, shared = with_tasks(), shard(with_tasks())
-    train(shared, alone)
-    outputs(shared)
-    state = get_model_state_dict(shared, options=options)
-    expected = {n: p for n, p in alone.named_parameters() if p.requires_grad or frozen_too}
-    if dist.get_rank() == 0 or not whole_state:  # a state that is gathered is on the first process alone
-        close({n: whole(t) for n, t in state.items()}, expected)
-        assert any(n.startswith("adapter_ops.tasks.b.copies.head") for n in state)
-    resumed = shard(with_tasks(seed=4))
-    outputs(resumed)
-    options = StateDictOptions(full_state_dict=whole_state, broadcast_from_rank0=whole_state, strict=frozen_too)
-    set_model_state_dict(resumed, state, options=options)
-    close(outputs(resumed) | {"a": outputs(alone)["a"]}, outputs(alone))  # "a" was frozen, so it may be another
-
-
-@pytest.mark.parametrize(("whole_state", "frozen_too"), [(False, True), (False, False), (True, True)])
-def test_dcp_has_the_values_of_tasks_under_their_names(both, whole_state, frozen_too):
-    """`get_model_state_dict` of a trained task, with `ignore_frozen_params` too, and back into another model."""
-    both(_checkpoint, whole_state, frozen_too)
-
-
-def _resume():
-    alone, shared, resumed = with_tasks(), shard(with_tasks()), shard(with_tasks(seed=4))
-    one, two, three = adam(shared), adam(alone), adam(resumed)
-    for _ in range(2):
-        step(shared, one, half(X), half(Y))
-        step(alone, two, X, Y)
-    state = copy.deepcopy(get_state_dict(shared, one))
-    set_state_dict(resumed, three, model_state_dict=state[0], optim_state_dict=state[1])
-    close(values(resumed), values(alone))
-    step(resumed, three, half(X), half(Y))
-    step(alone, two, X, Y)
-    close(values(resumed), values(alone))
-    close(outputs(resumed), outputs(alone))
-
-
-def test_dcp_resumes_model_and_optimizer(both):
-    both(_resume)
-
-
-def test_dcp_resumes_model_and_optimizer_in_one_process():
-    """The same without a process group: the optimizer's state is under the names of the task's parameters."""
-    model, resumed = with_tasks(), with_tasks(seed=4)
-    one, two = adam(model), adam(resumed)
-    for _ in range(2):
-        step(model, one, X, Y)
-    state = copy.deepcopy(get_state_dict(model, one))
-    assert all(name.startswith("adapter_ops.tasks.b.") for name in state[1]["state"])
-    set_state_dict(resumed, two, model_state_dict=state[0], optim_state_dict=state[1])
-    step(model, one, X, Y)
-    step(resumed, two, X, Y)
-    close(values(resumed), values(model))
-    trained = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
-    assert trained.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
-
-
-def _writers(folder):
-    rank = dist.get_rank()
-    mine = with_tasks()
-    save_adapter(mine, f"{folder}/mine{rank}", "a")  # of this process alone: no other takes part
-    load_adapter(base(), f"{folder}/mine{rank}")
-    shared = shard(with_tasks())
-    for number in range(5):
-        save_adapter(shared, f"{folder}/shared{number}", "a")
-        load_adapter(base(), f"{folder}/shared{number}")  # at once: the files are in place in every process
-    with open(f"{folder}/a file {rank}", "w") as file:
-        file.write("no folder")
-    dist.barrier()
-    with pytest.raises((OSError, RuntimeError), match=r"exists|failed: FileExistsError"):
-        save_adapter(shared, f"{folder}/a file 0", "a")
-    with pytest.raises(ValueError, match="no adapter 'other'"):
-        save_adapter(shared, folder, "other")
-    dist.barrier()
-
-
-def test_which_process_writes(both, tmp_path):
-    """Each writes a model of its own; of a sharded one the first writes, and all wait for it and hear of its error."""
-    both(_writers, str(tmp_path))
-
-
-def _data_parallel():
-    alone = with_tasks()
-    shared = copy.deepcopy(alone)
-    for name in "ab":
-        train_adapter(shared, name)
-        train_adapter(alone, name)
-        wrapped = nn.parallel.DistributedDataParallel(shared)  # with the task that is to train, as train_adapter says
-        one, two = adam(wrapped), adam(alone)
-        for _ in range(2):
-            found = step(wrapped, one, half(X), half(Y))
-            close({n.removeprefix("module."): t for n, t in found.items()}, step(alone, two, X, Y))
-        close(outputs(wrapped), outputs(alone))
-        close(task_state_dict(wrapped, name), task_state_dict(alone, name))
-    close(values(shared), values(alone))
-    for change in (lambda: train_adapter(wrapped, "a"), lambda: add(wrapped, "c")):
-        with pytest.warns(UserWarning, match="wrap the model again"):
-            change()
-
-
-def test_data_parallel_trains_as_one_process_does(both):
-    """Each task is chosen before DistributedDataParallel wraps the model; after that, `train_adapter` warns."""
-    both(_data_parallel)
