@@ -202,8 +202,8 @@ def _load(
         _compare_bases(folder, expected, {"name": _base_name(root), "digest": _digest(root, sites, paths)}, strict)
         heads = _choose(folder, header["modules"], wanted, paths)
         task = build(model, config, sites, heads, device="meta")
-        _take_labels(folder, root, task, header["labels"])
-        built.update(task=task, sites=sites, places=there, paths=paths)
+        new = _take_labels(folder, root, task, header["labels"])
+        built.update(task=task, sites=sites, places=there, paths=paths, new=new)
         return {key: tuple(t.shape) for key, t in _live(task, paths).items()}
 
     saved = files.read(folder, limit=prepare)
@@ -213,10 +213,8 @@ def _load(
     for site in built["sites"]:
         if site.name in task.layer_at:
             task.layer_at[site.name].to_empty(device=beside(root, site)[0])
-    for path in task.heads:
-        output = output_of(task.copy_at[path])
-        if output is not None and output.weight.is_meta:  # made anew for another number of labels
-            output.to_empty(device=next(root.get_submodule(path).parameters()).device)
+    for layer, device in built["new"]:
+        layer.to_empty(device=device)
     with torch.no_grad():
         for key, t in _live(task, built["paths"]).items():
             t.copy_(saved.tensors[key])
@@ -255,25 +253,32 @@ def _choose(folder: str | os.PathLike[str], saved: list[str], wanted: list[str] 
     return list(here)
 
 
-def _take_labels(folder: str | os.PathLike[str], root: nn.Module, task: Task, saved: dict[str, Any] | None) -> None:
-    """Gives a built task the labels of its file, and its head as many outputs."""
+def _take_labels(
+    folder: str | os.PathLike[str], root: nn.Module, task: Task, saved: dict[str, Any] | None
+) -> list[tuple[nn.Linear, torch.device]]:
+    """Gives a built task the labels of its file, and its heads as many outputs.
+
+    Returns the layers that it made for that on the meta device, with the devices they belong on.
+    """
     base, task.labels = labels_of(root, [task.copy_at[path] for path in task.heads]), None
     if saved is None or not task.heads:
-        return
+        return []
     count, names = saved["num_labels"], saved["id2label"]
     if not 1 <= count < 1 << 31 or not all(n.isdecimal() for n in names or {}):
         raise ValueError(f"{folder}: num_labels is {count} and id2label has the keys {list(names or {})[:4]}")
     task.labels = Labels(count, names and {int(n): label for n, label in names.items()}, saved["problem_type"])
     if base is None or base.num_labels == count:
-        return
-    outputs = {path: output_of(task.copy_at[path]) for path in task.heads}
-    fitting = [
-        path for path, output in outputs.items() if output is not None and output.out_features == base.num_labels
-    ]
+        return []
+    outputs = [(path, output) for path in task.heads if (output := output_of(task.copy_at[path])) is not None]
+    fitting = [(path, output) for path, output in outputs if output.out_features == base.num_labels]
     # A layer before the last, as DistilBERT's pre_classifier, may by chance have as many outputs as there are classes.
-    changing = [path for path in fitting if outputs[path].in_features != base.num_labels]  # type: ignore[union-attr]
-    for path in changing or fitting[-1:]:
-        task.replace_head(path, resize(task.copy_at[path], count))
+    changing = [(path, output) for path, output in fitting if output.in_features != base.num_labels]
+    new = []
+    for path, old in changing or fitting[-1:]:
+        head, layer = resize(task.copy_at[path], old, count)
+        task.replace_head(path, head)
+        new.append((layer, old.weight.device))
+    return new
 
 
 def _describe(root: nn.Module, sites: list[Site], paths: _Paths) -> dict[str, Any]:

@@ -284,7 +284,7 @@ def preset(config: AdapterConfig | str) -> AdapterConfig:
     """The config itself, or the preset of that name. Raises ValueError for an unknown one."""
     if isinstance(config, AdapterConfig):
         return config
-    if config not in PRESETS:
+    if not isinstance(config, str) or config not in PRESETS:
         raise ValueError(f"unknown preset {config!r}; known: {', '.join(PRESETS)}")
     return PRESETS[config]
 

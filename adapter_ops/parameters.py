@@ -190,16 +190,13 @@ def output_of(head: nn.Module) -> nn.Linear | None:
     return next((module for module in reversed(list(head.modules())) if isinstance(module, nn.Linear)), None)
 
 
-def resize(head: nn.Module, outputs: int) -> nn.Module:
-    """A head with another number of outputs. Its last nn.Linear is made anew, on the meta device, so that a number of
-    outputs that nobody has checked takes no memory."""
-    old = output_of(head)
-    assert old is not None
-    new = nn.Linear(
-        old.in_features, outputs, old.bias is not None, device="meta", dtype=old.weight.dtype
-    ).requires_grad_(False)
+def resize(head: nn.Module, old: nn.Linear, outputs: int) -> tuple[nn.Module, nn.Linear]:
+    """A head with another number of outputs, and its last layer, made anew in place of `old`. That is on the meta
+    device, so that a number of outputs that nobody has checked takes no memory."""
+    new = nn.Linear(old.in_features, outputs, old.bias is not None, device="meta", dtype=old.weight.dtype)
+    new.requires_grad_(False)
     for module in head.modules():
         for name, child in module._modules.items():
             if child is old:
                 module._modules[name] = new
-    return new if head is old else head
+    return (new if head is old else head), new

@@ -313,6 +313,25 @@ def test_a_task_of_the_whole_runs_in_its_part_alone():
     assert not torch.equal(found["a"], found["b"])
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(config={"bottleneck": 4}), r"unknown preset \{'bottleneck': 4\}; known: houlsby"),
+        (dict(config=None), "unknown preset None"),
+        (dict(places={"ffn": 3}), r"places\['ffn'\] is 3, expected a pattern or a Place"),
+        (dict(places={"ffn": ("a.*", None, None)}), r"places\['ffn'\] is \('a\.\*'.*expected a pattern or a Place"),
+        (dict(modules=[None]), r"has no modules \[None\]"),
+        (dict(modules=[""]), r"has no modules \[''\]"),
+    ],
+    ids=str,
+)
+def test_arguments_of_another_kind(arguments, message):
+    model = bert()
+    with pytest.raises(ValueError, match=message):
+        add_adapter(model, "t", **arguments)
+    assert "adapter_ops" not in model._modules
+
+
 # Files
 
 
@@ -352,6 +371,18 @@ def test_as_many_classes_as_another_layer_has_outputs(labels, tmp_path):
     save_adapter(one, tmp_path, "t")
     load_adapter(two, tmp_path)
     assert torch.equal(logits(two), logits(one)) and list_adapters(two)["t"].labels.num_labels == 3
+
+
+def test_an_offloaded_head_takes_the_labels_of_a_file(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    one, two = bert(num_labels=3), bert()
+    two.bert.load_state_dict(one.bert.state_dict())
+    add_adapter(one, "t", STRONG)
+    shake(one)
+    save_adapter(one, tmp_path, "t")
+    accelerate.cpu_offload(two, execution_device=torch.device("cpu"))
+    load_adapter(two, tmp_path)
+    assert torch.equal(logits(two), logits(one))
 
 
 def test_two_heads_take_the_labels_of_a_file(tmp_path):

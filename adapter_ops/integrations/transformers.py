@@ -125,6 +125,8 @@ def find_sites(model: nn.Module, places: Mapping[str, str | Place] | None = None
         if not places or not set(places) <= {"attention", "ffn"}:
             raise ValueError(f"places has keys {list(places)}, expected 'attention', 'ffn' or both")
         patterns = {name: Place(p) if isinstance(p, str) else p for name, p in places.items()}
+        if wrong := [name for name, place in patterns.items() if not isinstance(place, Place)]:
+            raise ValueError(f"places[{wrong[0]!r}] is {places[wrong[0]]!r}, expected a pattern or a Place")
         sites = _match(model, patterns)
         for name in set(patterns) - {site.place for site in sites}:
             raise _unmatched(model, patterns[name].output)
