@@ -172,13 +172,6 @@ def test_train_adapter_through_data_parallel_warns():
         delete_adapter(wrapped, "c")
 
 
-def test_what_is_no_module_is_refused():
-    """torch.compile of a compiled model returns a function, behind which no model is to be found."""
-    for function in (add_adapter, save_adapter):
-        with pytest.raises(TypeError, match=r"a torch\.nn\.Module, not function"):
-            function(compiled(compiled(tiny())), "t", "houlsby")
-
-
 def test_fsdp1_is_refused():
     class FullyShardedDataParallel(nn.Module):
         pass
