@@ -233,13 +233,26 @@ def test_a_replaced_norm_is_noticed_and_the_task_runs_there_again(config):
     add_adapter(model, "t", config)
     shake(model)
     expected, output = logits(model), model.bert.encoder.layer[1].output
-    output.LayerNorm = nn.LayerNorm(32, eps=output.LayerNorm.eps)
+    old, output.LayerNorm = output.LayerNorm, nn.LayerNorm(32, eps=output.LayerNorm.eps)
     with pytest.raises(RuntimeError, match=r"layer\.1\.output\.LayerNorm' was replaced after the task 't'"):
         logits(model)
     set_active_adapter(model, "t")
-    assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(model), expected) and "forward" not in vars(old)
     delete_adapter(model, "t")
     assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_a_head_in_a_replaced_module_is_noticed():
+    model = bert(hf.BertForMaskedLM)
+    add_adapter(model, "t", STRONG, modules=["cls.predictions.transform"])
+    shake(model)
+    expected = logits(model)
+    model.cls = copy.deepcopy(bert(hf.BertForMaskedLM).cls)
+    model.tie_weights()
+    with pytest.raises(RuntimeError, match=r"'cls\.predictions\.transform' was replaced"):
+        logits(model)
+    set_active_adapter(model, "t")
+    assert torch.equal(logits(model), expected)
 
 
 def test_replaced_embeddings_are_the_bases_matter():
@@ -322,6 +335,7 @@ def test_a_task_of_the_whole_runs_in_its_part_alone():
         (dict(places={"ffn": ("a.*", None, None)}), r"places\['ffn'\] is \('a\.\*'.*expected a pattern or a Place"),
         (dict(modules=[None]), r"has no modules \[None\]"),
         (dict(modules=[""]), r"has no modules \[''\]"),
+        (dict(modules=["bert.pooler", "bert.pooler.dense"]), r"\['bert\.pooler\.dense'\] are parts of others"),
     ],
     ids=str,
 )
