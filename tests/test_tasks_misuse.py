@@ -1,6 +1,7 @@
 """What people do to a model that has tasks: replaced modules, odd heads, shared parts, and files of such models."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -311,6 +312,10 @@ def test_a_head_outside_of_the_part_that_has_the_tasks_is_named():
         with pytest.warns(UserWarning, match=r"2 parameters train .* outside of the BertModel .*classifier\.weight"):
             verb(model, "u")
     assert list_adapters(model) == list_adapters(model.bert) and list(list_adapters(model)) == ["t", "u"]
+    model.classifier.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_adapter(model, "t")
 
 
 def test_a_task_of_the_whole_runs_in_its_part_alone():

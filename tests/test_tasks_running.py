@@ -20,11 +20,13 @@ from adapter_ops import (
     active_adapter,
     add_adapter,
     delete_adapter,
+    list_adapters,
     set_active_adapter,
     skip_layers,
     using_adapter,
 )
 from adapter_ops.context import _NOTHING
+from adapter_ops.hooks import _FRAMES
 from adapter_ops.inject import insert
 from adapter_ops.integrations.transformers import Place
 
@@ -45,7 +47,100 @@ def shake(model):
                 p += 0.3 * torch.randn_like(p)
 
 
+# What an adapter reads and what it adds to, by hand
+
+WIRING = [(True, "output"), (True, "input"), (False, "output"), (False, "input")]
+wired = pytest.mark.parametrize("ln_after, residual", WIRING)
+
+
+@wired
+def test_an_adapter_behind_the_norm_of_a_post_norm_layer(ln_after, residual):
+    model = bert(hf.BertModel)
+    config = AdapterConfig(4, placement=("ffn",), init_std=0.3, ln_before=True, ln_after=ln_after, residual=residual)
+    add_adapter(model, "t", config)
+    shake(model)
+    seen = {}
+    norm = model.encoder.layer[1].output.LayerNorm
+    norm.register_forward_hook(lambda module, args, output: seen.update(total=args[0], output=output))
+    logits(model)
+    task = model.adapter_ops.task("t")
+    own, (bottleneck,) = (
+        task.copy_at["encoder.layer.1.output.LayerNorm"],
+        task.layer_at["encoder.layer.1.ffn"].bottlenecks,
+    )
+    with torch.no_grad():
+        x = own(seen["total"])
+        y = bottleneck(x, x if residual == "input" else seen["total"])
+        torch.testing.assert_close(seen["output"], own(y) if ln_after else y)
+    assert _FRAMES.loose == {} and _FRAMES.inputs is None
+
+
+class PreNorm(nn.Module):
+    """Calls its norm by keyword, and its sublayer as often as it is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.lin, self.times = Keyword(8), nn.Linear(8, 8), 1
+
+    def forward(self, x):
+        inner = self.norm(hidden_states=x)
+        for _ in range(self.times):
+            inner = self.lin(inner)
+        return x + inner
+
+
+class Keyword(nn.LayerNorm):
+    def forward(self, hidden_states):
+        return super().forward(hidden_states)
+
+
+def pre_norm(config):
+    model = nn.Module()
+    model.layers = nn.ModuleList([PreNorm()])
+    add_adapter(model, "t", config, places={"ffn": Place("layers.*.lin", "layers.*.norm")}, modules=())
+    (adapter,) = model.adapter_ops.task("t").layer_at.values()
+    return model.layers[0], adapter.bottlenecks[0]
+
+
+@wired
+def test_an_adapter_in_a_pre_norm_layer(ln_after, residual):
+    config = AdapterConfig(4, init_std=0.3, ln_before=True, ln_after=ln_after, residual=residual, layer_norms="frozen")
+    layer, bottleneck = pre_norm(config)
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        h = nn.functional.linear(layer.norm(hidden_states=x), layer.lin.weight, layer.lin.bias)
+        total = h + x
+        expected = x + bottleneck(total, total if residual == "input" and ln_after else h)
+        torch.testing.assert_close(layer(x), expected)
+
+
+def test_an_input_is_read_once():
+    layer, _ = pre_norm("parallel")
+    layer(torch.randn(3, 8))
+    layer.times = 2
+    with pytest.raises(RuntimeError, match=r"'layers\.0\.norm' was not called before 'layers\.0\.lin'"):
+        layer(torch.randn(3, 8))
+
+
 # What trains
+
+
+def test_the_norms_of_a_head_are_part_of_the_head():
+    model = bert()
+    model.classifier = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 5))
+    add_adapter(model, "t", STRONG)
+    assert not any(path.startswith("classifier") for path in list_adapters(model)["t"].norms)
+    model(TOKENS).logits.square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_the_base_runs_after_the_active_task_is_deleted():
+    model = bert()
+    base = logits(model)
+    for name in ("a", "b"):
+        add_adapter(model, name, STRONG)
+    delete_adapter(model, "b")
+    assert active_adapter(model) is None and torch.equal(logits(model), base)
 
 
 def test_trainer_decays_no_copy_of_a_norm():
