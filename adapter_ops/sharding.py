@@ -145,9 +145,3 @@ def one_writer(task: nn.Module) -> Iterator[bool]:
             torch.distributed.broadcast_object_list(failure, group=mesh.get_group(dim), group_src=0)
     if failure[0] is not None and not writes:
         raise RuntimeError(f"the process that writes for all that share the model failed: {failure[0]}")
-
-
-def is_writer() -> bool:
-    """Whether this process is the one that writes files: the first of a group that shares a model."""
-    distributed = torch.distributed
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0

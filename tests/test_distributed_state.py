@@ -6,6 +6,7 @@ The files are those of this library and those of torch.distributed.checkpoint.
 import copy
 
 import pytest
+import torch
 import torch.distributed as dist
 from helpers_distributed import (
     Pair,
@@ -32,14 +33,17 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
+from transformers import BertConfig, BertModel
 
 from adapter_ops import (
+    add_adapter,
     files,
     load_adapter,
     save_adapter,
     task_state_dict,
     train_adapter,
 )
+from adapter_ops.integrations.adapterhub import load_adapterhub, save_adapterhub
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +149,26 @@ def _writers(folder):
 def test_which_process_writes(both, tmp_path):
     """Each writes a model of its own; of a sharded one the first writes, and all wait for it and hear of its error."""
     both(_writers, str(tmp_path))
+
+
+def _adapterhub_writers(folder):
+    rank = dist.get_rank()
+    for sharded in (False, True):
+        torch.manual_seed(0)
+        model = BertModel(BertConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, intermediate_size=8))
+        add_adapter(model, "a", "pfeiffer")
+        place = f"{folder}/{'shared' if sharded else f'mine{rank}'}"
+        model = shard(model, layers=False) if sharded else model
+        model(torch.ones(1, 3, dtype=torch.long))  # FSDP2 may keep gathered what is to be saved
+        save_adapterhub(model, place, "a")
+        fresh = BertModel(model.config)
+        load_adapterhub(fresh, place)  # at once: it is in place in every process
+        saved = {n: whole(t) for n, t in model.named_parameters() if t.requires_grad and "adapters" in n}
+        close({n: t for n, t in fresh.named_parameters() if t.requires_grad}, saved)
+
+
+def test_which_process_writes_an_adapterhub_folder(both, tmp_path):
+    both(_adapterhub_writers, str(tmp_path))
 
 
 def _data_parallel():

@@ -241,7 +241,7 @@ def distilbert():
         (["classifer"], None),
         ("head", None),
     ],
-    ids=str,
+    ids=["name", "list", "generator", "none", "misspelt", "unknown"],
 )
 def test_which_modules_a_load_takes(tmp_path, modules, taken):
     model = distilbert()

@@ -23,7 +23,7 @@ from ...config import AdapterConfig
 from ...files import alive, host, kind_of
 from ...functional import DTYPES
 from ...inject import LOCK, adapters_of, attach, build, check_new, plan, root_of, train_adapter
-from ...sharding import full, is_writer
+from ...sharding import full, one_writer, reshard
 from ...strict_json import check, parse
 from ..transformers import Site, find_sites
 from .config import read_config, write_config
@@ -147,6 +147,7 @@ def save_adapterhub(model: nn.Module, folder: str | os.PathLike[str], name: str)
         "name": stored,
         "version": FORMAT,
     }
+    reshard(root)
     states = {place: layer.state_dict() for place, layer in task.layer_at.items()}
     tensors = {key: full(states[place][ours]).detach() for key, (place, ours) in keys.items()}
     if meta := [key for key, t in tensors.items() if t.is_meta]:
@@ -155,14 +156,14 @@ def save_adapterhub(model: nn.Module, folder: str | os.PathLike[str], name: str)
         warnings.warn(
             f"AdapterHub's folder has no room for the task's parameters outside its adapters: {own}", stacklevel=2
         )
-    if not is_writer():
-        return
     folder = Path(folder).resolve()
-    _check_replaceable(folder)
-    data = io.BytesIO()
-    torch.save({key: t.cpu().clone() for key, t in tensors.items()}, data)  # which AdapterHub reads unless told not to
-    text = json.dumps(info, indent=2, sort_keys=True)
-    _replace(folder, {CONFIG_FILE: text.encode(), WEIGHTS_FILE: data.getvalue()})
+    with one_writer(task) as writes:
+        if writes:
+            _check_replaceable(folder)
+            data = io.BytesIO()
+            torch.save({key: t.cpu().clone() for key, t in tensors.items()}, data)  # AdapterHub's default
+            text = json.dumps(info, indent=2, sort_keys=True)
+            _replace(folder, {CONFIG_FILE: text.encode(), WEIGHTS_FILE: data.getvalue()})
 
 
 def _sites(model: nn.Module, config: AdapterConfig) -> list[Site]:
