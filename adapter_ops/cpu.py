@@ -1,7 +1,7 @@
-"""The path without Triton: the same maths in ATen and oneDNN calls that add into their results.
+"""The CPU backend: the same maths in ATen and oneDNN calls that add into their results.
 
 Against eager PyTorch it saves the [M, D] temporaries and their passes over memory, and keeps only x and z for
-backward. The two functions take what the launchers in `kernels/` take.
+backward. The two functions take tensors as the kernels take them.
 """
 
 import functools
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels.activations import find_activation
-from .kernels.launch import Needs, Options, Weights
+from .kernels.problem import Needs, Options, Weights
 
 # Measured: over products longer than _LONG, in fp32 than _THIN, oneDNN's epilogue adds more slowly than a pass of its
 # own does. In an outer product in bf16 a side thinner than _THIN goes first. To sum _LARGE elements of dy or more over
@@ -27,7 +27,11 @@ _EPILOGUES: dict[str, tuple[str, list[Any], str]] = {"gelu": ("gelu", [], "none"
 def forward(
     x: Tensor, residual: Tensor, weights: Weights, options: Options, save_z: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """y [M, D] and z [M, R] (None unless `save_z`); see `kernels.forward.forward`."""
+    """y [M, D] and z [M, R] (None unless `save_z`).
+
+    x, residual [M, D] with any row stride and a dense last dimension. y has the promoted dtype of the residual and
+    `options.dtype`; z has `options.dtype`.
+    """
     w_down, b_down, w_up, b_up, scale = weights
     dtype = options.dtype
     if scale is not None or options.scale != 1.0:
@@ -50,7 +54,11 @@ def forward(
 def backward(
     dy: Tensor, x: Tensor, z: Tensor, weights: Weights, options: Options, needs: Needs, residual_is_x: bool
 ) -> list[Tensor | None]:
-    """The six gradients in the order of `Needs`; see `kernels.backward.backward`."""
+    """The six gradients in the order of `Needs`; None where not asked for.
+
+    dy, x [M, D] with any row stride and a dense last dimension, z [M, R] as forward made it. dx has x's dtype and
+    every other gradient the dtype of its parameter.
+    """
     w_down, _, w_up, b_up, scale = weights
     dtype, parameter_dtype = z.dtype, w_down.dtype
     act = find_activation(options.activation)

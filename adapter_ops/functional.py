@@ -1,4 +1,4 @@
-"""bottleneck_adapter: checks its arguments, then calls ops."""
+"""bottleneck_adapter: checks its arguments, once for calls that are alike, then calls ops."""
 
 import math
 from typing import Any, NoReturn
@@ -6,9 +6,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import ops
+from . import backend, ops
+from .backend import Backend
+from .calls import rows
 from .kernels.activations import find_activation
-from .kernels.launch import Weights
+from .kernels.problem import Options, Weights
+from .ops import known
 
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
@@ -45,12 +48,15 @@ def bottleneck_adapter(
         ValueError: shapes or devices that do not fit, a bottleneck under 1, an unknown activation, an infinite scale.
         TypeError: a dtype that is not one of the four, parameters that differ in dtype, no tensor for a tensor, no
             number for the scale.
-        RuntimeError: the environment variable ADAPTER_OPS_REQUIRE names a path other than the one that would run, or
-            names no path at all.
+        RuntimeError: the environment variable ADAPTER_OPS_REQUIRE names another backend than the one that would run,
+            or none.
 
     Which implementation runs, and why, is what `explain` answers. Gradients of gradients work, through PyTorch's own
     operations.
     """
+    y = known(x, residual, w_down, b_down, w_up, b_up, scale, activation)
+    if y is not None:
+        return y
     _check(x, w_down, b_down, w_up, b_up, activation, scale, residual)
     if not isinstance(scale, Tensor):
         weights = Weights(w_down, b_down, w_up, b_up, None)
@@ -71,16 +77,42 @@ def finite_scale(scale: Any) -> float:
     return number
 
 
-def explain(x: Tensor, w_down: Tensor) -> ops.Path:
-    """Which path a call of `bottleneck_adapter` with this x [..., D] and w_down [R, D] takes, and why.
+def explain(
+    x: Tensor,
+    w_down: Tensor,
+    b_down: Tensor | None = None,
+    w_up: Tensor | None = None,
+    b_up: Tensor | None = None,
+    *,
+    activation: str = "gelu",
+    scale: float | Tensor = 1.0,
+    residual: Tensor | None = None,
+) -> Backend:
+    """Which backend a call of `bottleneck_adapter` with these arguments takes, and why.
 
-    >>> explain(torch.zeros(2, 64), torch.zeros(8, 64)).name
+    Args:
+        x, w_down: [..., D] and [R, D]; they decide about the backend.
+        others: as in `bottleneck_adapter`, for the plan. Where w_up is None it is like w_down.
+
+    Returns:
+        name: "triton", "cpu" or "reference".
+        reason: a sentence.
+        plan: None, or what the kernels launch in forward; print it. Its form is "pytorch" where PyTorch's own
+            operations run because no kernel was measured to be faster.
+
+    >>> explain(torch.zeros(512, 768), torch.zeros(64, 768)).name
     'cpu'
 
     The answer is that of an eager call here and now, whatever ADAPTER_OPS_REQUIRE says. Of a compiled call, transforms
     and tensor subclasses decide when it is traced, and device, dtype and size when it runs.
     """
-    return ops.find_path(x, w_down)
+    tensors = (residual, w_down, b_down, w_up, b_up, scale if isinstance(scale, Tensor) else None)
+    if found := backend.obstacle(x, *tensors):
+        return found
+    number = 1.0 if isinstance(scale, Tensor) else finite_scale(scale)
+    options = Options(activation, number, backend.compute_dtype(x))
+    weights = Weights(w_down, b_down, w_down.t() if w_up is None else w_up, b_up, tensors[-1])
+    return backend.choose(rows(x), None if residual is None else rows(residual), weights, options)
 
 
 def _check(

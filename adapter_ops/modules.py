@@ -1,13 +1,14 @@
 """BottleneckAdapter: the adapter as a module."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from .backend import Backend
 from .functional import bottleneck_adapter, explain, finite_scale
 from .kernels.activations import find_activation
+from .ops import known
 from .wrappers import loaded
 
 # Modules that say by their class alone which activation they are: PyTorch's, and those of transformers.activations,
@@ -159,28 +160,34 @@ class BottleneckAdapter(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [..., D] → [..., D]; `residual` [..., D] takes the place of x in the sum."""
+        modules = self._modules
+        try:
+            down, up = modules["down"]._parameters, modules["up"]._parameters  # type: ignore[union-attr]
+            w_down: Any = down["weight"]
+            b_down, w_up, b_up = down["bias"], up["weight"], up["bias"]
+        except KeyError:  # parametrised, pruned, or another class in the place of nn.Linear
+            return self._call(x, residual)
+        y = known(x, residual, w_down, b_down, w_up, b_up, self.scale, self.activation)  # type: ignore[arg-type]
+        return self._call(x, residual) if y is None else y
+
+    def _call(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """`forward` where nothing is known of a call like this one."""
         down, up = self.down, self.up
         if down.weight.is_meta or up.weight.is_meta:
             with loaded((down, up)):
-                return self._call(x, residual)
-        return self._call(x, residual)
+                return self._checked(x, residual)
+        return self._checked(x, residual)
 
-    def _call(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _checked(self, x: Tensor, residual: Tensor | None) -> Tensor:
         down, up = self.down, self.up
-        return bottleneck_adapter(
-            x,
-            down.weight,
-            down.bias,
-            up.weight,
-            up.bias,
-            activation=self.activation,
-            scale=self.scale,
-            residual=residual,
-        )
+        weights = down.weight, down.bias, up.weight, up.bias
+        return bottleneck_adapter(x, *weights, activation=self.activation, scale=self.scale, residual=residual)
 
-    def explain(self, x: Tensor) -> ops.Path:
-        """Which path this module takes for x, and why."""
-        return explain(x, self.down.weight)
+    def explain(self, x: Tensor) -> Backend:
+        """Which backend this module takes for x, why, and by which plan; see `adapter_ops.explain`."""
+        down, up = self.down, self.up
+        weights = down.weight, down.bias, up.weight, up.bias
+        return explain(x, *weights, activation=self.activation, scale=self.scale)
 
     def extra_repr(self) -> str:
         scale = {1: "learned"}.get(self.scale.numel(), "channel") if isinstance(self.scale, Tensor) else self.scale

@@ -1,11 +1,13 @@
 """The formula in plain PyTorch: oracle of every test, baseline of every benchmark, and the fallback path."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels.activations import find_activation
-from .kernels.launch import Needs, Options, Weights
+from .kernels.problem import Needs, Options, Weights
 
 
 def bottleneck_adapter(
@@ -25,13 +27,28 @@ def bottleneck_adapter(
     Shapes and defaults are those of `adapter_ops.bottleneck_adapter`. With `compute_dtype` the operands of both
     products are cast to it first, as `torch.autocast` would.
     """
+    eager = find_activation(activation).eager
+    return formula(x, residual, w_down, b_down, w_up, b_up, scale, eager, compute_dtype)
+
+
+def formula(
+    x: Tensor,
+    residual: Tensor | None,
+    w_down: Tensor,
+    b_down: Tensor | None,
+    w_up: Tensor,
+    b_up: Tensor | None,
+    scale: float | Tensor,
+    eager: Callable[[Tensor], Tensor],
+    compute_dtype: torch.dtype | None,
+) -> Tensor:
+    """`bottleneck_adapter` with the function of the activation for its name."""
     inner = x
     if compute_dtype is not None and not x.dtype == w_down.dtype == compute_dtype:
         inner, w_down, w_up = x.to(compute_dtype), w_down.to(compute_dtype), w_up.to(compute_dtype)
         b_down = None if b_down is None else b_down.to(compute_dtype)
         b_up = None if b_up is None else b_up.to(compute_dtype)
-    z = F.linear(inner, w_down, b_down)
-    u = F.linear(find_activation(activation).eager(z), w_up, b_up)
+    u = F.linear(eager(F.linear(inner, w_down, b_down)), w_up, b_up)
     if isinstance(scale, Tensor) or scale != 1.0:
         u = (u * scale).to(u.dtype)  # a scale of a wider dtype does not lift the result
     return (x if residual is None else residual) + u

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from triton.backends.compiler import GPUTarget
 
-from adapter_ops.kernels.launch import Facts
+from adapter_ops.kernels.problem import Target
 from bench.compiled import Code
 
 TENSOR_MEMORY = 512  # columns a multiprocessor, where there are any
@@ -30,10 +30,11 @@ class Card:
     reserved: int = 1024
 
     @property
-    def facts(self) -> Facts:
-        """What launch.facts says on such a card: there, ROCm's go with generation 8."""
+    def aim(self) -> Target:
+        """What a plan for such a card takes, every form of it; there, ROCm's go with generation 8."""
         arch = self.target.arch
-        return Facts(divmod(arch, 10) if isinstance(arch, int) else (8, 0), self.multiprocessors)
+        capability = divmod(arch, 10) if isinstance(arch, int) else (8, 0)
+        return Target(capability, self.multiprocessors, unmeasured=True)
 
     def resident(self, code: Code) -> int:
         """Programs that a multiprocessor holds at once; 0 if not even one fits."""

@@ -16,7 +16,7 @@ def _scale(a: SimpleNamespace, times: int) -> Times:
     return {"scale_ptr": times * (1 if a.SCALE_STRIDE else a.D)}
 
 
-def forward_kernel(a: SimpleNamespace) -> tuple[Times, Times]:
+def fused_kernel(a: SimpleNamespace) -> tuple[Times, Times]:
     """A program reads its rows of x, as x and as the residual, and all weights."""
     rows = cdiv(a.M, a.BLOCK_M)
     weights = dict.fromkeys(("w_down_ptr", "b_down_ptr", "w_up_ptr", "b_up_ptr"), rows)
@@ -30,18 +30,23 @@ def resident_kernel(a: SimpleNamespace) -> tuple[Times, Times]:
     return {"x_desc": 1} | weights | _scale(a, rows), {"y_desc": 1, "z_ptr": 1}
 
 
-def down_kernel(a: SimpleNamespace) -> tuple[Times, Times]:
+def shrink_kernel(a: SimpleNamespace) -> tuple[Times, Times]:
     """Every block of R reads x, and every block of rows the weights; splits of D share nothing."""
     rows = cdiv(a.M, a.BLOCK_M)
     reads = {"x_ptr": cdiv(a.R, a.BLOCK_R), "w_ptr": rows, "b_ptr": rows}
     return reads, {"partial_ptr": 1, "z_ptr": 1, "h_ptr": 1}
 
 
-def up_kernel(a: SimpleNamespace) -> tuple[Times, Times]:
-    """Every block of columns reads h (or all partial sums of z), and every block of rows the weights."""
+def combine_kernel(a: SimpleNamespace) -> tuple[Times, Times]:
+    """Every partial sum is read once; every row reads b_down."""
+    return {"partial_ptr": 1, "b_ptr": a.MR // a.R}, {"z_ptr": 1, "h_ptr": 1}
+
+
+def expand_kernel(a: SimpleNamespace) -> tuple[Times, Times]:
+    """Every block of columns reads h, and every block of rows the weights."""
     rows, columns = cdiv(a.M, a.BLOCK_M), cdiv(a.D, a.BLOCK_D)
-    reads = {"h_ptr": columns, "b_down_ptr": rows * columns, "w_ptr": rows, "b_up_ptr": rows, "residual_ptr": 1}
-    return reads | _scale(a, rows), {"y_ptr": 1, "z_ptr": 1}
+    reads = {"h_ptr": columns, "w_ptr": rows, "b_up_ptr": rows, "residual_ptr": 1}
+    return reads | _scale(a, rows), {"y_ptr": 1}
 
 
 def dz_kernel(a: SimpleNamespace) -> tuple[Times, Times]:
@@ -52,7 +57,7 @@ def dz_kernel(a: SimpleNamespace) -> tuple[Times, Times]:
     return reads, {"dz_ptr": 1, "h_ptr": 1, "b_down_partial_ptr": 1}
 
 
-def weights_kernel(a: SimpleNamespace) -> tuple[Times, Times]:
+def dx_dw_kernel(a: SimpleNamespace) -> tuple[Times, Times]:
     """Every block of columns reads dz and h, every block of R dy and x; every slice reads W_down for dx."""
     columns, r_blocks, slices = cdiv(a.D, a.BLOCK_D), cdiv(a.R, a.BLOCK_R), a.grid[1]
     dx, up, down = (p is not None for p in (a.dx_ptr, a.up_partial_ptr, a.down_partial_ptr))
@@ -71,12 +76,13 @@ def reduce_kernel(a: SimpleNamespace) -> tuple[Times, Times]:
 FORMULAS = {
     f.__name__: f
     for f in (
-        forward_kernel,
+        fused_kernel,
         resident_kernel,
-        down_kernel,
-        up_kernel,
+        shrink_kernel,
+        combine_kernel,
+        expand_kernel,
         dz_kernel,
-        weights_kernel,
+        dx_dw_kernel,
         reduce_kernel,
     )
 }

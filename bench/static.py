@@ -1,7 +1,7 @@
 """python -m bench.static: compile every kernel for GPUs that are not here, read the machine code, and judge it.
 
-The launchers themselves run, on meta tensors, with Triton told to compile and not launch; so what is compiled is what
-would run, config and specialisation included. Figures are static: read off cubins, timed by nobody.
+The plans are those of such a card, and Triton is told to compile their launches on tensors without memory; so what is
+compiled is what would run, config and specialisation included. Figures are static: read off cubins, timed by nobody.
 
 A kernel fails if it spills, wants more shared memory than the card has, has a product in 16-bit with R ≥ 16 but no
 tensor-core instruction of the card's generation, or accesses x, dy, dx, y or the residual one element at a time though
@@ -19,6 +19,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from random import Random
 from typing import Any
 
 import torch
@@ -28,8 +29,10 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from adapter_ops.kernels import backward, forward, launch
-from adapter_ops.kernels.launch import Needs, Options, Weights
+from adapter_ops.kernels import backward, forward
+from adapter_ops.kernels.configs import blocks
+from adapter_ops.kernels.plan import INTERPRETED, Boxes, Launch, Plan
+from adapter_ops.kernels.problem import UNTUNED, Needs, Problem, Rows, Target, Tuning
 from bench.cards import CARDS, Card
 from bench.cli import Parser, listed, one_of, output_file, whole
 from bench.compiled import Code, read
@@ -82,56 +85,75 @@ class _Driver:
 
 
 @contextlib.contextmanager
-def compiling(card: Card, record: Any) -> Iterator[None]:
-    """Launches compile for `card` and go to `record(kernel, arguments, compiled kernel or exception)` instead."""
-
-    def launched(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        kernel.device_caches.clear()  # they are by device, and every card here is device 0
-        try:
-            binary = run(kernel, *args, grid=grid, warmup=True, **kwargs)
-        except Exception as error:  # whatever the compiler dislikes is a finding, and the next kernel may compile
-            binary = error
-        kernel.device_caches.clear()
-        record(kernel.__name__, dict(zip(kernel.arg_names, args)) | kwargs, binary)
-
-    facts, run = launch.facts, triton.JITFunction.run
-    launch.facts = lambda device: card.facts  # type: ignore[assignment]
-    triton.JITFunction.run = launched
+def compiling(card: Card) -> Iterator[None]:
+    """Kernels compile for `card`."""
     driver.set_active(_Driver(card.target))
     try:
         yield
     finally:
-        launch.facts, triton.JITFunction.run = facts, run
         with contextlib.suppress(RuntimeError):  # without a GPU there is no driver to go back to
             driver.reset_active()
 
 
-def _step(
-    M: int, D: int, R: int, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], card: Card
-) -> list[tuple[str, dict[str, int], Any]]:
-    """The launches of a training step: name, arguments that are x, dy, dx or y with the bytes of an element, binary.
+def compiled(launch: Launch, tensors: dict[str, Tensor]) -> Any:
+    """The compiled kernel of a launch, or the exception that compiling it raised; inside `compiling`."""
+    launch.kernel.device_caches.clear()  # they are by device, and every card here is device 0
+    try:
+        return launch.kernel.run(**launch.values(tensors), grid=launch.grid, warmup=True, **launch.constants)
+    except Exception as error:  # whatever the compiler dislikes is a finding, and the next kernel may compile
+        return error
+    finally:
+        launch.kernel.device_caches.clear()
+
+
+def meta_tensors(plan: Plan) -> dict[str, Tensor]:
+    """Tensors without memory for all names in a plan."""
+    p = plan.problem
+    M, D, R, dtype = p.M, p.D, p.R, p.parameter_dtype
+    memory = {n: (m.shape, m.dtype) for n, m in (plan.outputs | plan.scratch).items() if m is not None}
+    memory |= {"w_down": ((R, D), dtype), "b_down": ((R,), dtype), "w_up": ((D, R), dtype), "b_up": ((D,), dtype)}
+    memory |= {"z": ((M, R), p.dtype), "scale": ((p.scale_size,), dtype)}
+    tensors = {name: torch.empty(shape, dtype=of, device="meta") for name, (shape, of) in memory.items()}
+    for name, rows in (("x", p.x), ("residual", p.residual), ("dy", p.dy)):
+        if rows:
+            tensors[name] = torch.empty_strided((M, D), (rows.stride, 1), dtype=rows.dtype, device="meta")
+    return tensors
+
+
+def step(
+    M: int,
+    D: int,
+    R: int,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    target: Target,
+    tuning: Tuning = UNTUNED,
+    stride: int | None = None,
+) -> list[Plan]:
+    """The plans of a training step, and of forward with a residual of its own, which rules one form out.
 
     `dtypes` of x, of the parameters and of the products.
     """
-    x, dy = (torch.empty((M, D), dtype=dtypes[0], device="meta") for _ in range(2))
-    w_down, w_up = (torch.empty(shape, dtype=dtypes[1], device="meta") for shape in ((R, D), (D, R)))
-    weights = Weights(w_down, w_down.new_empty(R), w_up, w_up.new_empty(D), None)
-    options, needs = Options("gelu", 1.0, dtypes[2]), Needs(True, True, True, True, True, False)
-    launches: list[Any] = []
-    with compiling(card, lambda *launched: launches.append(launched)):
-        other, _ = forward.forward(x, dy, weights, options, True)  # a residual of its own rules one form out
-        y, z = forward.forward(x, x, weights, options, True)
-        assert z is not None
-        dx = backward.backward(dy, x, z, weights, options, needs, True)[0]
+    rows = Rows(stride or D, dtypes[0])
+    common: dict[str, Any] = dict(
+        M=M, D=D, R=R, x=rows, parameter_dtype=dtypes[1], b_down=True, b_up=True, activation="gelu", scale=1.0
+    )
+    common |= dict(scale_size=0, dtype=dtypes[2], tf32=False, aligned=True, target=target, tuning=tuning)
+    needs = Needs(True, True, True, True, True, False)
+    return [
+        forward.plan(Problem(**common, residual=rows, save_z=True)),
+        forward.plan(Problem(**common, residual=None, save_z=True)),
+        backward.plan(Problem(**common, residual=None, dy=rows, needs=needs)),
+    ]
 
-    # A launcher may hand on a view, so a tensor is known by its storage.
-    storages = {t.untyped_storage()._cdata for t in (x, dy, y, other, dx) if t is not None}
 
-    def size(t: Any) -> int:
-        t = getattr(t, "base", t)  # of a descriptor for the copy engine
-        return t.element_size() if isinstance(t, Tensor) and t.untyped_storage()._cdata in storages else 0
+# Tensors that may not be accessed one element at a time.
+ACTIVATIONS = ("x", "residual", "y", "dy", "dx")
 
-    return [(name, {k: n for k, t in args.items() if (n := size(t))}, binary) for name, args, binary in launches]
+
+def element_sizes(launch: Launch, tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Arguments that are x, dy, dx, y or a residual, with the bytes of an element."""
+    names = {a: v.tensor if isinstance(v, Boxes) else v for a, v in launch.arguments.items()}
+    return {argument: tensors[name].element_size() for argument, name in names.items() if name in ACTIVATIONS}
 
 
 def compile_all(
@@ -141,28 +163,43 @@ def compile_all(
     arch: str,
     parameter_dtype: str | None = None,
     compute_dtype: str | None = None,
+    tuning: Tuning = UNTUNED,
+    stride: int | None = None,
+    kernels: tuple[str, ...] = (),
 ) -> list[Row]:
     """Every kernel of a training step of TOKENS rows at its default config; `dtype` of DTYPES, `arch` of CARDS.
 
     x has `dtype`; so have the parameters and the products unless told otherwise. Kernels that TOKENS share come once.
     Raises RuntimeError under TRITON_INTERPRET.
+
+    Args:
+        tuning: what to compile in the place of the default configs.
+        stride: of the rows of x, dy and the residual, D by default.
+        kernels: to compile no others, all by default.
     """
-    if launch.INTERPRETED:
+    if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set: there is nothing to compile")
     x, parameters, products = (DTYPES[name or dtype] for name in (dtype, parameter_dtype, compute_dtype))
     card, rows = CARDS[arch], dict[str, Row]()
     for M in TOKENS:
-        for name, sizes, binary in _step(M, D, R, (x, parameters, products), card):
-            row = functools.partial(Row, arch, dtype, D, R, M, name)
-            if isinstance(binary, Exception):
-                rows[f"{name} {M}"] = row(failures=(f"does not compile: {binary!r:.200}",))
-            elif binary.hash not in rows:
-                code = read(binary)
-                text = binary.asm.get("ttir", binary.asm["ttgir"])  # Gluon starts from the latter
-                dots = ("tt.dot" in text or "warp_group_dot" in text) and R >= 16 and products.itemsize == 2
-                failures = judge(code, card, dots, M < FEW, sizes if D % 8 == 0 else {})
-                widths = {name: code.arguments[name] for name in sizes if name in code.arguments}
-                rows[binary.hash] = row(code, card.resident(code), widths, failures)
+        for plan in step(M, D, R, (x, parameters, products), card.aim, tuning, stride):
+            tensors = meta_tensors(plan)
+            for launch in plan.launches:
+                if kernels and launch.kernel.__name__ not in kernels:
+                    continue
+                with compiling(card):
+                    binary = compiled(launch, tensors)
+                name, sizes = launch.kernel.__name__, element_sizes(launch, tensors)
+                row = functools.partial(Row, arch, dtype, D, R, M, name)
+                if isinstance(binary, Exception):
+                    rows[f"{name} {M}"] = row(failures=(f"does not compile: {binary!r:.200}",))
+                elif binary.hash not in rows:
+                    code = read(binary)
+                    text = binary.asm.get("ttir", binary.asm["ttgir"])  # Gluon starts from the latter
+                    dots = ("tt.dot" in text or "warp_group_dot" in text) and R >= 16 and products.itemsize == 2
+                    failures = judge(code, card, dots, M < FEW, sizes if D % 8 == 0 else {})
+                    widths = {name: code.arguments[name] for name in sizes if name in code.arguments}
+                    rows[binary.hash] = row(code, card.resident(code), widths, failures)
     return list(rows.values())
 
 
@@ -187,6 +224,16 @@ def judge(code: Code, card: Card, dots: bool, few: bool, sizes: dict[str, int]) 
     if code.split:
         failures.append("accesses narrower than in the IR")
     return tuple(failures)
+
+
+def drawn(count: int, seed: int, dtypes: list[str], archs: list[str]) -> list[tuple[int, int, str, str]]:
+    """(D, R, dtype, arch) of cells at random; every second D is a multiple of 8, as most models have it."""
+    random = Random(seed)
+    found = []
+    for i in range(count):
+        D, R = random.randint(1, HIDDEN[-1]), random.randint(1, BOTTLENECK[-1])
+        found.append((blocks(D, 8) * 8 if i % 2 else D, R, random.choice(dtypes), random.choice(archs)))
+    return found
 
 
 HEADS = dict(arch=6, dtype=5, D=5, R=4, M=5, kernel=15, regs=5, spilled=8, shared=14, resident=9)
@@ -226,15 +273,25 @@ def main(argv: list[str] | None = None) -> int:
             help="comma-separated (default: %(default)s)",
         )
     parser.add_argument(
+        "--random",
+        type=whole(1),
+        metavar="N",
+        help="N cells drawn from all D up to 8192, all R up to 512, and --dtype and --arch, instead of the grid",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of --random (default: %(default)s)")
+    parser.add_argument(
         "--json", type=output_file, metavar="F", help="write the rows, and Triton's version, to this file too"
     )
     args = parser.parse_args(argv)
-    if launch.INTERPRETED:
+    if INTERPRETED:
         parser.error("TRITON_INTERPRET is set, under which there is nothing to compile: unset it")
-    cells = [
-        (D, R, dtype, arch)
-        for arch, dtype, D, R in itertools.product(args.arch, args.dtype, args.hidden, args.bottleneck)
-    ]
+    if args.random:
+        cells = drawn(args.random, args.seed, args.dtype, args.arch)
+    else:
+        cells = [
+            (D, R, dtype, arch)
+            for arch, dtype, D, R in itertools.product(args.arch, args.dtype, args.hidden, args.bottleneck)
+        ]
     print(f"triton {triton.__version__}; widths of loads and stores in bytes")
     print(
         " ".join(f"{name:>{width}}" for name, width in HEADS.items()),

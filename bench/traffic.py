@@ -3,11 +3,11 @@
 Logical bytes are those asked for: what crosses from L2 to the multiprocessors. Compulsory bytes are the distinct ones,
 read and written: what must cross from memory even if L2 catches every re-use within a kernel. A masked-off lane asks
 for nothing; lanes that ask for one address count each. Counted is the source as written, before a compiler merges or
-drops a load, and kernels only, not the launchers' PyTorch calls.
+drops a load, and kernels only, not PyTorch's calls around them.
 
 Small shapes are counted, and must equal the formulas to the byte (exit status 1 otherwise). Then the formulas, with
-the kernels and tiles that the launchers choose on Hopper, give a model at real sizes; nothing runs there. The kernel
-of hopper.py, which no interpreter runs, has a formula only.
+the plans for a Hopper card, give a model at real sizes; nothing runs there. The kernel
+of resident.py, which no interpreter runs, has a formula only.
 """
 
 import os
@@ -27,18 +27,28 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch import Tensor
-from triton import JITFunction
-from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
+from triton.runtime.interpreter import InterpreterBuilder
 
-from adapter_ops.kernels import backward, forward, launch
-from adapter_ops.kernels.launch import Facts, Needs, Options, Weights
+from adapter_ops.kernels import backward, forward
+from adapter_ops.kernels.plan import INTERPRETED, Boxes, Plan
+from adapter_ops.kernels.problem import (
+    UNTUNED,
+    Needs,
+    Options,
+    Target,
+    Tuning,
+    Weights,
+    backward_problem,
+    forward_problem,
+)
 
 from .cases import Shape
 from .cli import Parser, listed
 from .formulas import FORMULAS, NOT_COUNTED
 
 SHAPES = "65536x768x8,65536x768x64,65536x768x256,65536x1024x64,65536x4096x64,65536x4096x256,16x4096x64"
-HOPPER = Facts((9, 0), 132)
+HOPPER = Target((9, 0), 132, unmeasured=True)
+INTERPRETER = Target((9, 0), 4, interpreted=True)
 FLOOR = {"forward": 2, "backward": 3}  # tensors [M, D] moved: x, y; dy, x, dx
 EAGER = {"forward": 5, "backward": 8}  # by the unfused PyTorch module
 COUNTED: list[tuple[str, dict[str, Any]]] = [  # sizes that divide by no tile, and what to pass to `step`
@@ -60,6 +70,9 @@ COUNTED: list[tuple[str, dict[str, Any]]] = [  # sizes that divide by no tile, a
     ("13x300x11", {"own_residual": True, "scale": "one"}),
     ("13x300x21", {"scale": "channel", "needs": "x w_down b_down w_up b_up scale"}),
     ("77x300x40", {"dtype": torch.float32}),
+    ("13x300x11", {"tuning": Tuning(form="split", splits=3)}),
+    ("13x300x21", {"tuning": Tuning(form="split", splits=2), "save_z": False, "bias": False}),
+    ("77x300x40", {"tuning": Tuning(form="split", splits=2), "dtype": torch.float32, "scale": "channel"}),
     # The pair with D in one piece, and backward with R in blocks.
     ("13x50x14", {}),
     ("13x50x21", {"parameter_dtype": torch.float32}),
@@ -81,8 +94,8 @@ Traffic = dict[str, Bytes]  # "read x_ptr" and so on; arguments that are one ten
 
 
 @dataclass
-class Launch:
-    """A launch: the kernel, its arguments (and `grid`) by name, and what was counted if it ran."""
+class Counted:
+    """A launch: the kernel, its arguments and constants (and `grid`) by name, and what was counted if it ran."""
 
     kernel: str
     arguments: dict[str, Any]
@@ -102,27 +115,11 @@ class Launch:
 
 
 @contextlib.contextmanager
-def recorded(run: bool) -> Iterator[list[Launch]]:
-    """The launches made inside, in order: run and counted, or neither, so that meta tensors will do.
-
-    Running raises RuntimeError unless TRITON_INTERPRET was set when the kernels were defined.
-    """
-    if run and not launch.INTERPRETED:
-        raise RuntimeError("the kernels are compiled: nothing can be counted without TRITON_INTERPRET=1")
-    launches: list[Launch] = []
-    accesses: dict[str, list[np.ndarray]] = {"read": [], "write": []}  # addresses of elements, of one launch
+def counting() -> Iterator[dict[str, list[np.ndarray]]]:
+    """Addresses of the elements that kernels read and write inside, in the interpreter."""
+    accesses: dict[str, list[np.ndarray]] = {"read": [], "write": []}
     builder: Any = InterpreterBuilder
-    original_run, original_load = InterpretedFunction.run, builder.create_masked_load
-    original_store = builder.create_masked_store
-
-    def run_kernel(kernel: Any, *args: Any, **options: Any) -> None:
-        names = (*kernel.arg_names, "grid")
-        arguments = dict(zip(names, args)) | {name: v for name, v in options.items() if name in names}
-        arguments = {name: getattr(v, "base", v) for name, v in arguments.items()}  # the tensor of a descriptor
-        if run:
-            original_run(kernel, *args, **options)
-        launches.append(Launch(kernel.__name__, arguments, _counted(accesses, arguments)))
-        accesses.update(read=[], write=[])
+    original_load, original_store = builder.create_masked_load, builder.create_masked_store
 
     # tl.load and tl.store without a mask, and those of tensor descriptors, come through these two as well.
     def load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
@@ -133,15 +130,31 @@ def recorded(run: bool) -> Iterator[list[Launch]]:
         accesses["write"].append(pointers.data[mask.data])
         return original_store(self, pointers, value, mask, *rest)
 
-    with (
-        patch.object(InterpretedFunction, "run", run_kernel),
-        patch.object(JITFunction, "run", run_kernel),
-        patch.multiple(builder, create_masked_load=load, create_masked_store=store),
-    ):
-        yield launches
+    with patch.multiple(builder, create_masked_load=load, create_masked_store=store):
+        yield accesses
 
 
-def _counted(accesses: dict[str, list[np.ndarray]], arguments: dict[str, Any]) -> Traffic:
+def traced(plan: Plan, tensors: dict[str, Any], run: bool) -> list[Counted]:
+    """The launches of a plan, in order: run and counted, or neither, so that meta tensors will do.
+
+    Running raises RuntimeError unless TRITON_INTERPRET was set when the kernels were defined.
+    """
+    if run and not INTERPRETED:
+        raise RuntimeError("the kernels are compiled: nothing can be counted without TRITON_INTERPRET=1")
+    found = []
+    for launch in plan.launches:
+        values = {n: v.tensor if isinstance(v, Boxes) else v for n, v in launch.arguments.items()}
+        named = {n: tensors[v] if isinstance(v, str) else v for n, v in values.items()}
+        accesses: dict[str, list[np.ndarray]] = {}
+        if run:
+            with counting() as accesses:
+                launch(tensors)
+        arguments = named | launch.constants | {"grid": launch.grid}
+        found.append(Counted(launch.kernel.__name__, arguments, attributed(accesses, named)))
+    return found
+
+
+def attributed(accesses: dict[str, list[np.ndarray]], arguments: dict[str, Any]) -> Traffic:
     """Each address belongs to the tensor that starts last before it."""
     named = {t.data_ptr(): (name, t.itemsize) for name, t in reversed(arguments.items()) if isinstance(t, Tensor)}
     starts = np.array(sorted(named), dtype=np.uint64)
@@ -158,7 +171,7 @@ def _counted(accesses: dict[str, list[np.ndarray]], arguments: dict[str, Any]) -
 
 def step(
     shape: Shape,
-    run: bool,
+    target: Target,
     *,
     dtype: torch.dtype = torch.bfloat16,  # of x and the products
     parameter_dtype: torch.dtype | None = None,  # as `dtype` by default
@@ -167,8 +180,10 @@ def step(
     own_residual: bool = False,  # rather than x; its rows have stride 2·D
     bias: bool = True,
     scale: str = "number",  # or "one", a tensor [1], or "channel", a tensor [D]
-) -> dict[str, list[Launch]]:
-    """The launches of "forward" and "backward", on zeros; meta tensors where nothing is to run."""
+    tuning: Tuning = UNTUNED,
+) -> dict[str, list[Counted]]:
+    """The launches of "forward" and "backward", on zeros; they run where the target is interpreted."""
+    run = target.interpreted
 
     def zeros(*size: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.zeros(size, dtype=dtype, device="cpu" if run else "meta")
@@ -177,18 +192,20 @@ def step(
         return zeros(*size, dtype=parameter_dtype or dtype) if wanted else None
 
     M, D, R = shape.M, shape.D, shape.R
-    x, options = zeros(M, D), Options("gelu", 1.0, dtype)
-    residual = zeros(M, 2 * D)[:, :D] if own_residual else x
+    x, dy, options = zeros(M, D), zeros(M, D), Options("gelu", 1.0, dtype)
+    residual = zeros(M, 2 * D)[:, :D] if own_residual else None
     b_down, b_up = parameter(R, wanted=bias), parameter(D, wanted=bias)
     scales = parameter(D if scale == "channel" else 1, wanted=scale != "number")
     weights = Weights(parameter(R, D), b_down, parameter(D, R), b_up, scales)
-    with recorded(run) as before:
-        z = forward.forward(x, residual, weights, options, save_z)[1]
-    with recorded(run) as after:
-        if z is not None:
-            wanted = Needs(**{name: name in needs.split() for name in Needs._fields})
-            backward.backward(zeros(M, D), x, z, weights, options, wanted, not own_residual)
-    return {"forward": before, "backward": after}
+    before = forward.plan(forward_problem(x, residual, weights, options, save_z, target, tuning))
+    tensors = before.tensors((x, residual, *weights))
+    found = {"forward": traced(before, tensors, run), "backward": []}
+    if save_z:
+        z, wanted = tensors["z"], Needs(**{name: name in needs.split() for name in Needs._fields})
+        described = backward_problem(dy, x, z, weights, options, wanted, residual is None, target, tuning)
+        after = backward.plan(described)
+        found["backward"] = traced(after, after.tensors((dy, x, z, *weights)), run)
+    return found
 
 
 def total(traffics: Iterable[Traffic]) -> Bytes:
@@ -197,19 +214,13 @@ def total(traffics: Iterable[Traffic]) -> Bytes:
     return Bytes(sum(b.logical for b in every), sum(b.compulsory for b in every))
 
 
-def planned(shape: Shape, **arguments: Any) -> dict[str, list[Launch]]:
-    """The launches that `step` would make on HOPPER; nothing runs."""
-    with patch.multiple(launch, facts=lambda device: HOPPER, INTERPRETED=False):
-        return step(shape, run=False, **arguments)
-
-
-def print_counted() -> bool:
+def printattributed() -> bool:
     """Count COUNTED and print it beside the formulas; are all equal?"""
     print(f"{'bytes counted = by formula':<28} {'logical':>21} {'compulsory':>21}")
     equal = True
     for shape, arguments in COUNTED:
         print(shape, *(f"{name}={value}" for name, value in arguments.items()))
-        for one in itertools.chain(*step(Shape.parse(shape), run=True, **arguments).values()):
+        for one in itertools.chain(*step(Shape.parse(shape), INTERPRETER, **arguments).values()):
             formula = one.formula()
             signs = (f"{c:>10} = {f:<8}" for c, f in zip(total([one.counted]), total([formula])))
             print(f"{one.kernel:>28}", *signs, "OK" if one.counted == formula else "MISMATCH")
@@ -226,7 +237,7 @@ def print_model(shapes: list[Shape]) -> None:
     print(f"{'':>26}  {'× floor':>20} {'× eager':>20}")
     print(f"{'M×D×R':>16} {'pass':>10}" + f" {'logical':>9} {'compulsory':>10}" * 2 + "  kernels (*: not counted)")
     for shape in shapes:
-        for phase, launches in planned(shape).items():
+        for phase, launches in step(shape, HOPPER).items():
             moved = total(one.formula() for one in launches)
             names = (one.kernel.removesuffix("_kernel") + "*" * (one.kernel in NOT_COUNTED) for one in launches)
             units = (2 * shape.M * shape.D * tensors[phase] for tensors in (FLOOR, EAGER))
@@ -243,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
         help="of the model: MxDxR, comma-separated (default: %(default)s)",
     )
     args = parser.parse_args(argv)
-    equal = print_counted()
+    equal = printattributed()
     print_model(args.shapes)
     return 0 if equal else 1
 

@@ -26,16 +26,17 @@ import torch
 import triton
 from tqdm import tqdm
 
-from adapter_ops.kernels import backward, configs, forward
+from adapter_ops.kernels import configs
 from adapter_ops.kernels.configs import Config
-from adapter_ops.kernels.launch import INTERPRETED, Needs, Options, Weights
+from adapter_ops.kernels.plan import INTERPRETED, Launch, Plan, target
+from adapter_ops.kernels.problem import Target, Tuning
 from bench.__main__ import environment
 from bench.cards import CARDS
 from bench.cases import Call, Shape
 from bench.cli import Parser, listed, one_of, output_file, positive, whole
 from bench.compiled import read
 from bench.measure import input_sets, measure_kernels
-from bench.static import DTYPES, compiling, judge
+from bench.static import DTYPES, compiled, compiling, judge, meta_tensors, step
 
 # Bottlenecks of the table's rows, each at hidden sizes on both sides of where L2 stops holding the rows in flight.
 SHAPES = (
@@ -43,7 +44,7 @@ SHAPES = (
     + ","
     + ",".join(f"16384x4096x{R}" for R in (16, 64, 128, 256))
 )
-KERNELS = ("forward", "down", "up", "dz", "weights")
+KERNELS = ("fused", "shrink", "expand", "dz", "dx_dw")
 TABLE = Path(configs.__file__).resolve()
 
 
@@ -55,77 +56,60 @@ class Job(NamedTuple):
 
 def candidates(kernel: str, R: int) -> Iterator[Config]:
     """Configs whose accumulators a thread can hold: at most 128 values of 4 bytes."""
-    sides = (0,) if kernel == "forward" or R <= 64 else (64, 128)
+    sides = (0,) if kernel == "fused" or R <= 64 else (64, 128)
     for M, D, warps, stages, r in itertools.product((64, 128), (32, 64, 128, 256), (4, 8), (2, 3, 4), sides):
         side = min(r or configs.side(R), configs.side(R))
-        held = {"weights": 2 * D * side + M * D, "up": M * D}.get(kernel, M * max(side, D))
+        held = {"dx_dw": 2 * D * side + M * D, "expand": M * D}.get(kernel, M * max(side, D))
         if 8 * 32 * warps <= held <= 160 * 32 * warps:
             yield Config(M, D, warps, stages, r)
 
 
-@contextlib.contextmanager
-def only(kernel: str, config: Config) -> Iterator[None]:
-    """Launchers launch `kernel` with `config`, and no other kernel."""
-
-    def launched(jit: Any, *args: Any, **kwargs: Any) -> Any:
-        return run(jit, *args, **kwargs) if jit.__name__ == f"{kernel}_kernel" else None
-
-    def chosen(name: str, M: int, D: int, R: int, *rest: Any) -> Config:
-        found = choose(name, M, D, R, *rest)
-        return configs.fit(config, D, R) if name == kernel else found
-
-    run, choose, resident, splits = triton.JITFunction.run, configs.choose, configs.resident, configs.splits
-    triton.JITFunction.run, configs.choose = launched, chosen  # type: ignore[assignment]
-    configs.resident, configs.splits = (lambda *_: None), (lambda *_: int(kernel in ("down", "up")))  # type: ignore
-    try:
-        yield
-    finally:
-        triton.JITFunction.run = run
-        configs.choose, configs.resident, configs.splits = choose, resident, splits
+def plan_of(job: Job, dtype: torch.dtype, target: Target) -> tuple[Plan, list[Launch]]:
+    """A plan that launches the kernel of a job with its config, and these launches."""
+    form = {"fused": "fused", "shrink": "split", "expand": "split"}.get(job.kernel)
+    tuning = Tuning(form=form, tiles=((job.kernel, job.config),), splits=1)
+    M, D, R = job.shape.M, job.shape.D, job.shape.R
+    _, taken, whole_step = step(M, D, R, (dtype, dtype, dtype), target, tuning)
+    plan = taken if form else whole_step
+    return plan, [launch for launch in plan.launches if launch.kernel.__name__ == f"{job.kernel}_kernel"]
 
 
-def tensors(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
-    """x, dy, z and the weights of a training step."""
+def tensors(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
+    """x, dy, z and the weights of a training step, on the GPU."""
     M, D, R = shape.M, shape.D, shape.R
-    sizes = ((M, D), (M, D), (M, R), (R, D), (R,), (D, R), (D,))
-    made = [torch.empty(size, dtype=dtype, device=device) for size in sizes]
-    if device != "meta":
-        for t in made:
-            t.normal_(std=1.0 if t.shape[0] == M else 0.05)  # zeros would run faster than real data
-    x, dy, z, w_down, b_down, w_up, b_up = made
-    return x, dy, z, Weights(w_down, b_down, w_up, b_up, None)
+    sizes = dict(x=(M, D), dy=(M, D), z=(M, R), w_down=(R, D), b_down=(R,), w_up=(D, R), b_up=(D,))
+    made = {name: torch.empty(size, dtype=dtype, device="cuda") for name, size in sizes.items()}
+    for t in made.values():
+        t.normal_(std=1.0 if t.shape[0] == M else 0.05)  # zeros would run faster than real data
+    return made
 
 
-def launch(kernel: str, x: Any, dy: Any, z: Any, weights: Weights) -> None:
-    options = Options("gelu", 1.0, x.dtype)
-    if kernel in ("dz", "weights"):
-        backward.backward(dy, x, z, weights, options, Needs(True, True, True, True, True, False), True)
-    else:
-        forward.forward(x, x, weights, options, True)
+def call(job: Job, made: dict[str, Any], target: Target) -> Call:
+    """The kernel of a job alone, on inputs of its own; what other kernels would write is left as it was allocated."""
+    plan, launches = plan_of(job, made["x"].dtype, target)
+    every = plan.tensors([made.get(name) for name in plan.inputs])
+    return lambda: [launch(every) for launch in launches]
 
 
 def passes(job: Job, dtype: str, arch: str) -> bool:
     """Whether the static gate lets the config pass; what compiles stays in Triton's cache for the timing."""
-    card, found = CARDS[arch], []
-    with only(job.kernel, job.config), compiling(card, lambda name, arguments, binary: found.append(binary)):
-        launch(job.kernel, *tensors(job.shape, DTYPES[dtype], "meta"))
+    card = CARDS[arch]
     dots = DTYPES[dtype].itemsize == 2
-    return all(
-        not isinstance(binary, Exception) and not judge(read(binary), card, dots, False, {})
-        for binary in found
-        if binary is not None  # a kernel that `only` left out
-    )
+    plan, launches = plan_of(job, DTYPES[dtype], card.aim)
+    with compiling(card):
+        found = [compiled(launch, meta_tensors(plan)) for launch in launches]
+    return all(not isinstance(b, Exception) and not judge(read(b), card, dots, False, {}) for b in found)
 
 
 def measure(jobs: list[Job], dtype: torch.dtype, seconds: float) -> dict[Job, float]:
     """Seconds a launch, of each job that runs."""
-    found = {}
+    found, card = {}, target(torch.device("cuda", torch.cuda.current_device()))
     bar = tqdm(total=len(jobs), unit="config", desc="timing", disable=None)
     for shape, group in itertools.groupby(jobs, key=lambda job: job.shape):
-        sets = [tensors(shape, dtype, "cuda") for _ in range(input_sets(shape, dtype, "cuda"))]
+        sets = [tensors(shape, dtype) for _ in range(input_sets(shape, dtype, "cuda"))]
         for job in group:
-            with only(job.kernel, job.config), contextlib.suppress(Exception):  # more shared memory than there is, say
-                calls: list[Call] = [functools.partial(launch, job.kernel, *tensors) for tensors in sets]
+            with contextlib.suppress(Exception):  # more shared memory than there is, say
+                calls = [call(job, made, card) for made in sets]
                 calls[0]()
                 times = measure_kernels({"": calls}, seconds).times[""]
                 found[job] = sorted(times)[len(times) // 2]

@@ -4,7 +4,7 @@ With s = scale and h = act(z):
 
     dz kernel        dh = s · dy · W_up    dz = dh ⊙ act'(z)                                        [M, R]
                      Σ dz   as one fp32 partial per program
-    weights kernel   dx = dz · W_down (+ dy where the residual is x)                                 [M, D]
+    dx_dw kernel     dx = dz · W_down (+ dy where the residual is x)                                 [M, D]
                      dyᵀ · h   dzᵀ · x   Σ dy   as one fp32 partial per slice of M
     reduce kernel    sums the partials in order:
                      dW_up = s · dyᵀh   db_up = s · Σ dy   dW_down = dzᵀx   db_down = Σ dz
@@ -14,15 +14,120 @@ dscale costs no pass over the tokens: with u = h · W_upᵀ + b_up, Σ_m dy ⊙ 
 is computed; an output that is None is compiled away.
 """
 
-import torch
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from . import launch, split
+from . import configs, split
 from .activations import find_activation
 from .configs import blocks
-from .launch import Needs, Options, Weights, device_guard, dot_options, scale_stride, stride_unit, tile_options
+from .plan import Launch, Memory, Plan, dots, stride_unit
+from .problem import Needs, Problem
+
+
+class Work(NamedTuple):
+    """What has to be made for the gradients that are asked for, and how it is divided."""
+
+    dz: bool
+    h: bool
+    dx: bool
+    up: bool  # dyᵀ · h
+    b_up: bool  # Σ dy
+    down: bool  # dzᵀ · x
+    b_down: bool  # Σ dz
+    dz_rows: int  # P: blocks of rows of the dz kernel
+    slices: int  # S: of M, in the dx_dw kernel
+    rows_per_slice: int  # a multiple of its BLOCK_M
+    r_blocks: int  # of R, in the dx_dw kernel
+
+
+def plan(p: Problem) -> Plan:
+    """What backward launches for a problem.
+
+    The gradients of parameters have their dtype, and dx has x's. That of a scale comes as one fp32 value a channel.
+    """
+    assert p.needs is not None
+    n, M, D, R = p.needs, p.M, p.D, p.R
+    w = _work(p, n)
+    launches = []
+    if M and (w.dz or w.h):
+        launches.append(dz(p, w))
+    if M and w.dx and w.r_blocks > 1:
+        launches.append(split.input_gradient(p))
+    if M and (w.up or w.b_up or w.down or (w.dx and w.r_blocks == 1)):
+        launches.append(dx_dw(p, w))
+    if any(n[1:]):
+        launches.append(reduce(p, w, n))
+
+    acc, dtype = p.acc_dtype, p.parameter_dtype
+    scratch = {
+        "dz": Memory((M, R), p.dtype) if w.dz else None,
+        "h": Memory((M, R), p.dtype) if w.h else None,
+        "up": Memory((w.slices, D, R), acc) if w.up else None,
+        "b_up_sum": Memory((w.slices, D), acc) if w.b_up else None,
+        "down": Memory((w.slices, D, R), acc) if w.down else None,
+        "b_down_sum": Memory((R, w.dz_rows), acc) if w.b_down else None,
+    }
+    outputs = {
+        "dx": Memory((M, D), p.x.dtype, like="x") if n.x else None,
+        "dw_down": Memory((R, D), dtype, like="w_down") if n.w_down else None,
+        "db_down": Memory((R,), dtype, like="b_down") if n.b_down else None,
+        "dw_up": Memory((D, R), dtype, like="w_up") if n.w_up else None,
+        "db_up": Memory((D,), dtype, like="b_up") if n.b_up else None,
+        "dscale": Memory((D,), acc) if n.scale else None,
+    }
+    needed = {name: memory for name, memory in scratch.items() if memory}
+    return Plan(p, "three kernels", "the only form of backward", launches, outputs, needed)
+
+
+def _work(p: Problem, n: Needs) -> Work:
+    tiles, dz_tiles = configs.tiles("dx_dw", p), configs.tiles("dz", p)
+    r_blocks = blocks(p.R, tiles.BLOCK_R)
+    rows, columns = blocks(p.M, tiles.BLOCK_M), blocks(p.D, tiles.BLOCK_D) * r_blocks
+    slices = max(1, p.target.multiprocessors // columns)  # one program a multiprocessor
+    rows_per_slice = blocks(rows, slices) * tiles.BLOCK_M
+    return Work(
+        dz=n.x or n.w_down or n.b_down,
+        h=n.w_up or n.scale,
+        dx=n.x,
+        up=n.w_up or n.scale,
+        b_up=n.b_up or (n.scale and p.b_up),
+        down=n.w_down,
+        b_down=n.b_down,
+        dz_rows=blocks(p.M, dz_tiles.BLOCK_M),
+        slices=blocks(p.M, rows_per_slice) if p.M else 0,
+        rows_per_slice=rows_per_slice,
+        r_blocks=r_blocks,
+    )
+
+
+def dz(p: Problem, w: Work) -> Launch:
+    """dz, h, and Σ dz over each block of rows."""
+    assert p.dy is not None
+    tiles = configs.tiles("dz", p)
+    arguments = {
+        "dy_ptr": "dy",
+        "z_ptr": "z",
+        "w_up_ptr": "w_up",
+        "scale": p.scale,
+        "scale_ptr": "scale" if p.scale_size else None,
+        "dz_ptr": "dz" if w.dz else None,
+        "h_ptr": "h" if w.h else None,
+        "b_down_partial_ptr": "b_down_sum" if w.b_down else None,
+        "M": p.M,
+        "stride_dym": p.dy.stride,
+    }
+    constants = dict(
+        D=p.D,
+        R=p.R,
+        STRIDE_UNIT=stride_unit(p.dy.stride),
+        SCALE_STRIDE=p.scale_stride,
+        DACT=find_activation(p.activation).dact,
+        **dots(p),
+        **vars(tiles),
+    )
+    return Launch(dz_kernel, (w.dz_rows * blocks(p.R, tiles.BLOCK_R),), arguments, constants)
 
 
 @triton.jit
@@ -92,8 +197,39 @@ def dz_kernel(
         tl.store(b_down_partial_ptr + offs_r * P + tl.program_id(0) // R_BLOCKS, tl.sum(dz, axis=0), mask=mask_r)
 
 
+def dx_dw(p: Problem, w: Work) -> Launch:
+    """dx, where a tile holds all of R, and the partial sums of the weights' gradients."""
+    assert p.dy is not None
+    tiles = configs.tiles("dx_dw", p)
+    arguments = {
+        "dy_ptr": "dy",
+        "x_ptr": "x",
+        "h_ptr": "h" if w.h else None,
+        "dz_ptr": "dz" if w.dz else None,
+        "w_down_ptr": "w_down",
+        "dx_ptr": "dx" if w.dx and w.r_blocks == 1 else None,
+        "up_partial_ptr": "up" if w.up else None,
+        "b_up_partial_ptr": "b_up_sum" if w.b_up else None,
+        "down_partial_ptr": "down" if w.down else None,
+        "M": p.M,
+        "rows_per_slice": w.rows_per_slice,
+        "stride_dym": p.dy.stride,
+        "stride_xm": p.x.stride,
+    }
+    constants = dict(
+        D=p.D,
+        R=p.R,
+        STRIDE_UNIT=stride_unit(p.dy.stride, p.x.stride),
+        ADD_DY=p.residual is None,
+        SUM_BY_DOT=p.dtype.itemsize == 2,  # in tf32 it would round dy
+        **dots(p),
+        **vars(tiles),
+    )
+    return Launch(dx_dw_kernel, (blocks(p.D, tiles.BLOCK_D) * w.r_blocks, w.slices), arguments, constants)
+
+
 @triton.jit
-def weights_kernel(
+def dx_dw_kernel(
     dy_ptr,  # [M, D]
     x_ptr,  # [M, D]
     h_ptr,  # [M, R]
@@ -209,6 +345,41 @@ def weights_kernel(
             tl.store(b_up_partial_ptr + pid_s * D + offs_d, b_up, mask=mask_d)
 
 
+def reduce(p: Problem, w: Work, n: Needs) -> Launch:
+    """The gradients of the parameters, from their partial sums."""
+    tiles = configs.tiles("reduce", p)
+    arguments = {
+        "up_partial_ptr": "up" if w.up else None,
+        "b_up_partial_ptr": "b_up_sum" if w.b_up else None,
+        "down_partial_ptr": "down" if w.down else None,
+        "b_down_partial_ptr": "b_down_sum" if w.b_down else None,
+        "w_up_ptr": "w_up",
+        "b_up_ptr": "b_up" if p.b_up else None,
+        "scale": p.scale,
+        "scale_ptr": "scale" if p.scale_size else None,
+        "dw_up_ptr": "dw_up" if n.w_up else None,
+        "db_up_ptr": "db_up" if n.b_up else None,
+        "dw_down_ptr": "dw_down" if n.w_down else None,
+        "db_down_ptr": "db_down" if n.b_down else None,
+        "dscale_ptr": "dscale" if n.scale else None,
+        "S": w.slices,
+        "P": w.dz_rows,
+    }
+    constants = dict(
+        D=p.D,
+        R=p.R,
+        SCALE_STRIDE=p.scale_stride,
+        ACC=dots(p)["ACC"],
+        BLOCK_D=tiles.BLOCK_D,
+        BLOCK_R=tiles.BLOCK_R,
+        BLOCK_P=256,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        enable_fp_fusion=True,
+    )
+    return Launch(reduce_kernel, (blocks(p.D, tiles.BLOCK_D),), arguments, constants)
+
+
 @triton.jit
 def reduce_kernel(
     up_partial_ptr,  # [S, D, R] or None
@@ -280,114 +451,3 @@ def reduce_kernel(
                 offs_p = start_p + tl.arange(0, BLOCK_P)
                 b_down += tl.load(b_down_partial_ptr + r * P + offs_p, mask=offs_p < P, other=0.0)
             tl.store(db_down_ptr + r, tl.sum(b_down))
-
-
-def backward(
-    dy: Tensor, x: Tensor, z: Tensor, weights: Weights, options: Options, needs: Needs, residual_is_x: bool
-) -> list[Tensor | None]:
-    """The six gradients in the order of `Needs`; None where not asked for.
-
-    dy, x [M, D] with any row stride and a dense last dimension, z [M, R] as forward made it. dx has x's dtype and
-    every other gradient the dtype of its parameter.
-    """
-    (M, D), R = x.shape, z.shape[1]
-    w_down, w_up, b_up = weights.w_down, weights.w_up, weights.b_up
-    scale, scale_tensor = options.scale, weights.scale
-    dots = dot_options(z.dtype)
-    acc_dtype = torch.promote_types(z.dtype, torch.float32)
-    need_dz = needs.x or needs.w_down or needs.b_down
-    need_up = needs.w_up or needs.scale
-    need_b_up = needs.b_up or (needs.scale and b_up is not None)
-
-    def new(wanted: bool, *shape: int, dtype: torch.dtype = acc_dtype) -> Tensor | None:
-        return torch.empty(shape, dtype=dtype, device=x.device) if wanted else None
-
-    dz, h = new(need_dz, M, R, dtype=z.dtype), new(need_up, M, R, dtype=z.dtype)
-    dx = new(needs.x, M, D, dtype=x.dtype)
-    dw_down, db_down = new(needs.w_down, R, D, dtype=w_down.dtype), new(needs.b_down, R, dtype=w_down.dtype)
-    dw_up, db_up = new(needs.w_up, D, R, dtype=w_up.dtype), new(needs.b_up, D, dtype=w_up.dtype)
-    dscale = new(needs.scale, D)
-
-    tiles = tile_options("weights", M, D, R, (dy, x, z, w_down), x.device)
-    rows, r_blocks = blocks(M, tiles["BLOCK_M"]), blocks(R, tiles["BLOCK_R"])
-    columns = blocks(D, tiles["BLOCK_D"]) * r_blocks
-    slices = max(1, launch.facts(x.device).multiprocessors // columns)  # one program a multiprocessor
-    rows_per_slice = blocks(rows, slices) * tiles["BLOCK_M"]
-    slices = blocks(M, rows_per_slice) if M else 0
-    partials = [new(need_up, slices, D, R), new(need_b_up, slices, D), new(needs.w_down, slices, D, R)]
-    dz_tiles = tile_options("dz", M, D, R, (dy, z, w_up), x.device)
-    dz_rows = blocks(M, dz_tiles["BLOCK_M"])
-    b_down_partial = new(needs.b_down, R, dz_rows)
-
-    with device_guard(x):
-        if M and (need_dz or need_up):
-            dz_kernel[(dz_rows * blocks(R, dz_tiles["BLOCK_R"]),)](
-                dy,
-                z,
-                w_up,
-                scale,
-                scale_tensor,
-                dz,
-                h,
-                b_down_partial,
-                M,
-                dy.stride(0),
-                D=D,
-                R=R,
-                STRIDE_UNIT=stride_unit(dy),
-                SCALE_STRIDE=scale_stride(scale_tensor),
-                DACT=find_activation(options.activation).dact,
-                **dots,
-                **dz_tiles,
-            )
-        if M and dz is not None and dx is not None and r_blocks > 1:
-            split.input_gradient(dz, w_down, dy if residual_is_x else None, dx)
-        if M and (any((need_up, need_b_up, needs.w_down)) or (needs.x and r_blocks == 1)):
-            weights_kernel[(columns, slices)](
-                dy,
-                x,
-                h,
-                dz,
-                w_down,
-                dx if r_blocks == 1 else None,
-                *partials,
-                M,
-                rows_per_slice,
-                dy.stride(0),
-                x.stride(0),
-                D=D,
-                R=R,
-                STRIDE_UNIT=stride_unit(dy, x),
-                ADD_DY=residual_is_x,
-                SUM_BY_DOT=z.dtype.itemsize == 2,  # in tf32 it would round dy
-                **dots,
-                **tiles,
-            )
-        if any(needs[1:]):
-            reduce_tiles = tile_options("reduce", M, D, R, (z,), x.device)
-            del reduce_tiles["BLOCK_M"]
-            reduce_kernel[(blocks(D, reduce_tiles["BLOCK_D"]),)](
-                *partials,
-                b_down_partial,
-                w_up,
-                b_up,
-                scale,
-                scale_tensor,
-                dw_up,
-                db_up,
-                dw_down,
-                db_down,
-                dscale,
-                slices,
-                dz_rows,
-                D=D,
-                R=R,
-                SCALE_STRIDE=scale_stride(scale_tensor),
-                ACC=dots["ACC"],
-                enable_fp_fusion=True,
-                BLOCK_P=256,
-                **reduce_tiles,
-            )
-    if dscale is not None and scale_tensor is not None:
-        dscale = (dscale if scale_stride(scale_tensor) else dscale.sum()).to(scale_tensor.dtype).view_as(scale_tensor)
-    return [dx, dw_down, db_down, dw_up, db_up, dscale]

@@ -1,29 +1,70 @@
-"""The adapter in two kernels, each with a grid of two dimensions: for few tokens, and for any bottleneck.
+"""The adapter in two kernels or three, each with a grid of two dimensions: for few tokens, and for any bottleneck.
 
-    down kernel  z = x · W_downᵀ + b_down   h = act(z)   [M, R]   or, with D in S splits, S partial sums of x · W_downᵀ
-    up kernel    y = residual + scale · (h · W_upᵀ + b_up)   [M, D]   with h = act(Σ partials + b_down) where S > 1
+    shrink   z = x · W_downᵀ + b_down   h = act(z)   [M, R]   or, with D in S splits, S partial sums of x · W_downᵀ
+    combine  z = Σ partial sums + b_down   h = act(z)   [M, R]   where S > 1
+    expand   y = residual + scale · (h · W_upᵀ + b_up)   [M, D]
 
 The fused kernel has one program per BLOCK_M rows, and each walks all of D twice: with few rows most multiprocessors
-idle. Here rows, R and D are divided among programs, which walk a short loop or none. The partials are summed in the
+idle. Here rows, R and D are divided among programs, which walk a short loop or none. The partial sums are added in the
 order of the splits and nothing is atomic, so the same launch gives the same bits. A tile of R never holds all of a
-large R, so R has no limit. The price is h (or the partials) written and read, and x read once more: 6·M·D bytes in
+large R, so R has no limit. The price is h (and the partial sums) written and read, and x read once more: 6·M·D bytes in
 16-bit, plus 4·M·R.
 
-The up kernel also computes dx = dy + dz · W_down, which is the same thing.
+`expand` also computes dx = dy + dz · W_down, which is the same thing.
 """
 
-import torch
+from typing import Any
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from . import configs
 from .activations import find_activation
 from .configs import blocks
-from .launch import Options, Weights, dot_options, scale_stride, stride_unit, tile_options
+from .parts import finish
+from .plan import Launch, Memory, dots, stride_unit
+from .problem import Problem
+
+
+def launches(p: Problem) -> tuple[list[Launch], dict[str, Memory]]:
+    """y and, unless it is not to be saved, z of a problem; and the scratch tensors."""
+    tiles = configs.tiles("shrink", p)
+    width = blocks(blocks(p.D, configs.splits(p)), tiles.BLOCK_D) * tiles.BLOCK_D
+    S = blocks(p.D, width)
+    scratch = {"h": Memory((p.M, p.R), p.dtype)}
+    if S == 1:
+        return [shrink(p, S, width), expand(p)], scratch
+    scratch["partial"] = Memory((S, p.M, p.R), p.acc_dtype)
+    return [shrink(p, S, width), combine(p, S), expand(p)], scratch
+
+
+def shrink(p: Problem, S: int, width: int) -> Launch:
+    """h and z, or S partial sums over `width` columns each."""
+    tiles, last = configs.tiles("shrink", p), S == 1
+    arguments = {
+        "x_ptr": "x",
+        "w_ptr": "w_down",
+        "b_ptr": "b_down" if p.b_down and last else None,
+        "partial_ptr": None if last else "partial",
+        "z_ptr": "z" if p.save_z and last else None,
+        "h_ptr": "h" if last else None,
+        "M": p.M,
+        "stride_xm": p.x.stride,
+    }
+    constants = dict(
+        D=p.D,
+        R=p.R,
+        STRIDE_UNIT=stride_unit(p.x.stride),
+        SPLIT_D=width,
+        ACT=find_activation(p.activation).act if last else None,
+        **dots(p),
+        **vars(tiles),
+    )
+    return Launch(shrink_kernel, (blocks(p.M, tiles.BLOCK_M) * blocks(p.R, tiles.BLOCK_R), S), arguments, constants)
 
 
 @triton.jit
-def down_kernel(
+def shrink_kernel(
     x_ptr,  # [M, D]
     w_ptr,  # [R, D]
     b_ptr,  # [R] or None; used where S = 1
@@ -82,27 +123,111 @@ def down_kernel(
         tl.store(h_ptr + offs_mr, ACT(z), mask=mask_mr)
 
 
+def combine(p: Problem, S: int) -> Launch:
+    """h and z from S partial sums."""
+    BLOCK = 512
+    arguments = {
+        "partial_ptr": "partial",
+        "b_ptr": "b_down" if p.b_down else None,
+        "z_ptr": "z" if p.save_z else None,
+        "h_ptr": "h",
+        "MR": p.M * p.R,
+    }
+    act = find_activation(p.activation).act
+    constants = dict(R=p.R, S=S, ACT=act, ACC=dots(p)["ACC"], BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True)
+    return Launch(combine_kernel, (blocks(p.M * p.R, BLOCK),), arguments, constants)
+
+
 @triton.jit
-def up_kernel(
-    h_ptr,  # [M, R]; where S > 1 the partial sums of z, [S, M, R]
-    b_down_ptr,  # [R] or None; used where S > 1
+def combine_kernel(
+    partial_ptr,  # [S, M, R]
+    b_ptr,  # [R] or None
+    z_ptr,  # [M, R] or None
+    h_ptr,  # [M, R]
+    MR,  # M · R
+    R: tl.constexpr,
+    S: tl.constexpr,
+    ACT: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < MR
+    z = tl.zeros([BLOCK], dtype=ACC)
+    for i in tl.static_range(S):  # unrolled, so that all loads are in flight; the order of the sum is fixed
+        z += tl.load(partial_ptr + tl.cast(i, tl.int64) * MR + offs, mask=mask, other=0.0)
+    if b_ptr is not None:
+        z += tl.load(b_ptr + offs % R, mask=mask, other=0.0).to(ACC)
+    if z_ptr is not None:
+        tl.store(z_ptr + offs, z, mask=mask)
+    tl.store(h_ptr + offs, ACT(z), mask=mask)
+
+
+def expand(p: Problem) -> Launch:
+    """y from h."""
+    residual = p.residual or p.x
+    arguments = {
+        "h_ptr": "h",
+        "w_ptr": "w_up",
+        "b_up_ptr": "b_up" if p.b_up else None,
+        "scale": p.scale,
+        "scale_ptr": "scale" if p.scale_size else None,
+        "residual_ptr": "residual" if p.residual else "x",
+        "y_ptr": "y",
+        "stride_rm": residual.stride,
+    }
+    return _expand(p, "expand", arguments, (p.R, 1))
+
+
+def input_gradient(p: Problem) -> Launch:
+    """dx = dz · W_down, plus dy where the residual is x."""
+    assert p.dy is not None
+    arguments = {
+        "h_ptr": "dz",
+        "w_ptr": "w_down",
+        "b_up_ptr": None,
+        "scale": 1.0,
+        "scale_ptr": None,
+        "residual_ptr": None if p.residual else "dy",
+        "y_ptr": "dx",
+        "stride_rm": 0 if p.residual else p.dy.stride,
+    }
+    return _expand(p, "dx", arguments, (1, p.D))
+
+
+def _expand(p: Problem, kernel: str, arguments: dict[str, Any], strides: tuple[int, int]) -> Launch:
+    tiles = configs.tiles(kernel, p)
+    constants = dict(
+        D=p.D,
+        R=p.R,
+        STRIDE_UNIT=stride_unit(arguments["stride_rm"]) if arguments["residual_ptr"] else 1,
+        STRIDE_WD=strides[0],
+        STRIDE_WR=strides[1],
+        SCALE_STRIDE=p.scale_stride if arguments["scale_ptr"] else 0,
+        **dots(p),
+        **vars(tiles),
+    )
+    grid = (blocks(p.M, tiles.BLOCK_M) * blocks(p.D, tiles.BLOCK_D),)
+    return Launch(expand_kernel, grid, arguments | {"M": p.M}, constants)
+
+
+@triton.jit
+def expand_kernel(
+    h_ptr,  # [M, R]
     w_ptr,  # [D, R] by its strides
     b_up_ptr,  # [D] or None
     scale,  # number; used where scale_ptr is None
     scale_ptr,  # [1] (SCALE_STRIDE 0), [D] (SCALE_STRIDE 1) or None
     residual_ptr,  # [M, D] or None
     y_ptr,  # [M, D]
-    z_ptr,  # [M, R] or None; written where S > 1
     M,
     stride_rm,
     D: tl.constexpr,
     R: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,  # the row strides are multiples of it
-    S: tl.constexpr,
     STRIDE_WD: tl.constexpr,
     STRIDE_WR: tl.constexpr,
     SCALE_STRIDE: tl.constexpr,
-    ACT: tl.constexpr,  # None where S = 1
     DOT: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -111,7 +236,6 @@ def up_kernel(
     BLOCK_R: tl.constexpr,
 ):
     stride_rm = stride_rm // STRIDE_UNIT * STRIDE_UNIT
-    BLOCK_S: tl.constexpr = triton.next_power_of_2(S)
     # Blocks of D are neighbours in time, so that they share their rows of h in L2.
     D_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     pid_m = (tl.program_id(0) // D_BLOCKS).to(tl.int64)
@@ -128,139 +252,25 @@ def up_kernel(
         residual = tl.load(  # [BLOCK_M, BLOCK_D]
             residual_ptr + row * stride_rm + offs_m[:, None] * stride_rm + offs_d[None, :], mask=mask_md, other=0.0
         )
-    if b_up_ptr is not None:
-        b_up = tl.load(b_up_ptr + offs_d, mask=mask_d, other=0.0).to(ACC)
-    if scale_ptr is not None:
-        s = tl.load(scale_ptr + offs_d * SCALE_STRIDE, mask=mask_d, other=0.0).to(ACC)
+    b_up = tl.load(b_up_ptr + offs_d, mask=mask_d, other=0.0) if b_up_ptr is not None else None
+    s = tl.load(scale_ptr + offs_d * SCALE_STRIDE, mask=mask_d, other=0.0) if scale_ptr is not None else None
 
     y = tl.zeros([BLOCK_M, BLOCK_D], dtype=ACC)
     for start_r in range(0, R, BLOCK_R):
         offs_r = start_r + tl.arange(0, BLOCK_R)
         mask_r = offs_r < R
-        offs_mr = row * R + offs_m[:, None] * R + offs_r[None, :]
-        mask_mr = mask_m[:, None] & mask_r[None, :]
         w = tl.load(  # [BLOCK_R, BLOCK_D]
             w_ptr + offs_r[:, None] * STRIDE_WR + offs_d[None, :] * STRIDE_WD,
             mask=mask_r[:, None] & mask_d[None, :],
             other=0.0,
         )
-        if S == 1:
-            h = tl.load(h_ptr + offs_mr, mask=mask_mr, other=0.0)  # [BLOCK_M, BLOCK_R]
-        else:
-            # One load of all the partials, so that they come together; the order of the sum is fixed as it compiles.
-            offs_s = tl.arange(0, BLOCK_S).to(tl.int64)
-            h = tl.load(  # [BLOCK_S, BLOCK_M, BLOCK_R]
-                h_ptr + offs_s[:, None, None] * M * R + offs_mr[None, :, :],
-                mask=(offs_s < S)[:, None, None] & mask_mr[None, :, :],
-                other=0.0,
-            )
-            h = tl.sum(h, axis=0)  # [BLOCK_M, BLOCK_R]
-            if b_down_ptr is not None:
-                h += tl.load(b_down_ptr + offs_r, mask=mask_r, other=0.0).to(ACC)[None, :]
-            if z_ptr is not None:
-                if pid_d == 0:
-                    tl.store(z_ptr + offs_mr, h, mask=mask_mr)
-            h = ACT(h)
+        h = tl.load(  # [BLOCK_M, BLOCK_R]
+            h_ptr + row * R + offs_m[:, None] * R + offs_r[None, :],
+            mask=mask_m[:, None] & mask_r[None, :],
+            other=0.0,
+        )
         y = tl.dot(h.to(DOT), w.to(DOT), y, out_dtype=ACC, input_precision=PRECISION)
-
-    if b_up_ptr is not None:
-        y += b_up[None, :]
-    if scale_ptr is not None:
-        y *= s[None, :]
-    else:
-        y *= scale
+    y = finish(y, b_up, scale, s, ACC)
     if residual_ptr is not None:
         y += residual.to(ACC)
     tl.store(y_ptr + row * D + offs_m[:, None] * D + offs_d[None, :], y, mask=mask_md)
-
-
-def forward(
-    x: Tensor,
-    residual: Tensor,
-    weights: Weights,
-    options: Options,
-    y: Tensor,
-    z: Tensor | None,
-    splits: int,
-) -> None:
-    """Fills y [M, D] and, unless it is None, z [M, R]. The arguments are those of `forward.forward`."""
-    (M, D), R, dtype = x.shape, weights.w_down.shape[0], options.dtype
-    activation, dots = find_activation(options.activation).act, dot_options(dtype)
-    tensors = (x, residual, weights.w_down)
-    tiles = tile_options("down", M, D, R, tensors, x.device)
-    split_d = blocks(blocks(D, splits), tiles["BLOCK_D"]) * tiles["BLOCK_D"]
-    splits = blocks(D, split_d)
-    if splits > 1:
-        h = torch.empty((splits, M, R), dtype=torch.promote_types(dtype, torch.float32), device=x.device)
-    else:
-        h = torch.empty((M, R), dtype=dtype, device=x.device)
-    down_kernel[(blocks(M, tiles["BLOCK_M"]) * blocks(R, tiles["BLOCK_R"]), splits)](
-        x,
-        weights.w_down,
-        weights.b_down if splits == 1 else None,
-        h if splits > 1 else None,
-        z if splits == 1 else None,
-        h if splits == 1 else None,
-        M,
-        x.stride(0),
-        D=D,
-        R=R,
-        STRIDE_UNIT=stride_unit(x),
-        SPLIT_D=split_d,
-        ACT=activation if splits == 1 else None,
-        **dots,
-        **tiles,
-    )
-    tiles = tile_options("up", M, D, R, tensors, x.device)
-    up_kernel[(blocks(M, tiles["BLOCK_M"]) * blocks(D, tiles["BLOCK_D"]),)](
-        h,
-        weights.b_down if splits > 1 else None,
-        weights.w_up,
-        weights.b_up,
-        options.scale,
-        weights.scale,
-        residual,
-        y,
-        z if splits > 1 else None,
-        M,
-        residual.stride(0),
-        D=D,
-        R=R,
-        STRIDE_UNIT=stride_unit(residual),
-        S=splits,
-        STRIDE_WD=R,
-        STRIDE_WR=1,
-        SCALE_STRIDE=scale_stride(weights.scale),
-        ACT=activation if splits > 1 else None,
-        **dots,
-        **tiles,
-    )
-
-
-def input_gradient(dz: Tensor, w_down: Tensor, dy: Tensor | None, dx: Tensor) -> None:
-    """Fills dx [M, D] with dz · W_down, plus dy unless it is None."""
-    (M, R), D = dz.shape, w_down.shape[1]
-    tiles = tile_options("up", M, D, R, (dz, w_down), dz.device)
-    up_kernel[(blocks(M, tiles["BLOCK_M"]) * blocks(D, tiles["BLOCK_D"]),)](
-        dz,
-        None,
-        w_down,
-        None,
-        1.0,
-        None,
-        dy,
-        dx,
-        None,
-        M,
-        0 if dy is None else dy.stride(0),
-        D=D,
-        R=R,
-        STRIDE_UNIT=1 if dy is None else stride_unit(dy),
-        S=1,
-        STRIDE_WD=1,
-        STRIDE_WR=D,
-        SCALE_STRIDE=0,
-        ACT=None,
-        **dot_options(dz.dtype),
-        **tiles,
-    )

@@ -1,7 +1,8 @@
 """Fixtures of all tests.
 
 Without a GPU the kernels run in Triton's interpreter, which has to be chosen before they are imported. Uninitialised
-memory is filled with NaN (PyTorch does that under deterministic algorithms), so nothing can pass by reading it.
+memory is filled with NaN (PyTorch does that under deterministic algorithms), so nothing can pass by reading it. On a
+GPU every kernel runs, measured or not.
 """
 
 import os
@@ -11,12 +12,15 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("ADAPTER_OPS_UNMEASURED", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-from adapter_ops import ops
-from adapter_ops.kernels import configs, launch
+from helpers import Call
 
-PATHS = {"triton": ops._INTERPRETER, "cpu": ops._CPU, "reference": ops._FUNC}
+from adapter_ops import backend, ops
+from adapter_ops.backend import Backend
+from adapter_ops.kernels.plan import INTERPRETED
+from adapter_ops.kernels.problem import Tuning
 
 
 def pytest_collection_modifyitems(items):
@@ -36,8 +40,18 @@ def deterministic():
 
 @pytest.fixture
 def use_path(monkeypatch):
-    """use_path("cpu") sends every call down that path."""
-    return lambda name: monkeypatch.setattr(ops, "choose_path", lambda x, w_down: PATHS[name])
+    """use_path("cpu") sends every call to that backend."""
+
+    def use(name):
+        forget()
+        monkeypatch.setattr(backend, "choose", lambda *arguments: Backend(name, "a test asks for it"))
+
+    def forget():
+        ops.RUNS.clear()
+        ops.OP_CALLS.clear()
+
+    yield use
+    forget()
 
 
 @pytest.fixture
@@ -48,7 +62,7 @@ def path(request, use_path):
         yield "gpu"
         torch.set_default_device(None)
         return
-    if request.param == "interpreter" and not launch.INTERPRETED:
+    if request.param == "interpreter" and not INTERPRETED:
         pytest.skip("TRITON_INTERPRET is off: the kernels are compiled, and run under -m gpu")
     use_path({"interpreter": "triton"}.get(request.param, request.param))
     yield request.param
@@ -56,8 +70,9 @@ def path(request, use_path):
 
 @pytest.fixture
 def splits(request, monkeypatch):
-    """The form of forward: 0 the fused kernel, any other number the two of split.py with D in that many splits."""
-    monkeypatch.setattr(configs, "splits", lambda *arguments: request.param)
+    """The form of forward: 0 the fused kernel, any other number the pair of split.py with D in that many splits."""
+    form = Tuning("split", splits=request.param) if request.param else Tuning("fused")
+    monkeypatch.setattr(Call, "tuning", form)
     return request.param
 
 

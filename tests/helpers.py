@@ -1,13 +1,15 @@
 """An adapter call with its inputs, its gradients, its oracle, and the rule that compares them."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
-from adapter_ops import bottleneck_adapter, reference
+from adapter_ops import bottleneck_adapter, ops, reference
+from adapter_ops.kernels.problem import Tuning, Weights
 
 
 @dataclass
@@ -24,6 +26,7 @@ class Call:
     own_residual: bool = False
     bias: bool = True
     inputs: dict[str, Tensor] = field(init=False)
+    tuning: ClassVar[Tuning | None] = None  # of the kernels, where a test asks for a form
 
     def __post_init__(self) -> None:
         M, D, R = self.M, self.D, self.R
@@ -46,6 +49,8 @@ class Call:
     def __call__(self, function=bottleneck_adapter, **inputs: Tensor) -> Tensor:
         """The call itself, with some inputs replaced."""
         t = self.inputs | inputs
+        if self.tuning and function is bottleneck_adapter:
+            return self._tuned(t)
         return function(
             t["x"],
             t["w_down"],
@@ -56,6 +61,12 @@ class Call:
             scale=t.get("scale", self.scale),
             residual=t.get("residual"),
         )
+
+    def _tuned(self, t: dict[str, Tensor]) -> Tensor:
+        scale = t.get("scale")
+        weights = Weights(t["w_down"], t.get("b_down"), t["w_up"], t.get("b_up"), scale)
+        number = self.scale if scale is None else 1.0
+        return ops.adapter(t["x"], t.get("residual"), weights, self.activation, number, self.tuning)
 
     def gradients(self, function=bottleneck_adapter, wanted=None, dtype=None) -> dict[str, Tensor]:
         """y and the gradient of each wanted input (all of them by default), with every other input frozen."""

@@ -4,8 +4,10 @@ import pytest
 import torch
 from helpers import Call, assert_two_times_rule, check, relative_error
 
-from adapter_ops import bottleneck_adapter, cpu, ops, reference
-from adapter_ops.kernels import launch
+from adapter_ops import bottleneck_adapter, calls, cpu, reference
+from adapter_ops.kernels import forward
+from adapter_ops.kernels.plan import target
+from adapter_ops.kernels.problem import Needs, Options, Weights, forward_problem
 
 
 @pytest.mark.parametrize(
@@ -61,36 +63,43 @@ def test_one_element_scale_of_any_rank(path):
 
 
 def test_precision_follows_both_of_pytorchs_settings():
+    def precision(dtype=torch.float32):
+        t = Call(4, 8, 2, dtype).inputs
+        weights = Weights(t["w_down"], t["b_down"], t["w_up"], t["b_up"], None)
+        card = target(t["x"].device)
+        plan = forward.plan(forward_problem(t["x"], None, weights, Options("gelu", 1.0, dtype), True, card))
+        (found,) = {launch.constants["PRECISION"] for launch in plan.launches}
+        return found
+
     try:
         for setting, expected in (("ieee", "ieee"), ("tf32", "tf32")):
             torch.backends.cuda.matmul.fp32_precision = setting
-            assert launch.dot_options(torch.float32)["PRECISION"] == expected
+            assert precision() == expected
         torch.backends.cuda.matmul.fp32_precision = "ieee"
         torch.set_float32_matmul_precision("high")
-        assert launch.dot_options(torch.float32)["PRECISION"] == "tf32"
-        assert launch.dot_options(torch.bfloat16)["PRECISION"] == "ieee"
+        assert precision() == "tf32" and precision(torch.bfloat16) == "ieee"
     finally:
         torch.set_float32_matmul_precision("highest")
 
 
 def test_rows_further_apart_than_32_bits_reach():
     t = torch.empty_strided((2, 4), (1 << 24, 1), device="meta")
-    assert ops._rows(t).stride(0) == 4
+    assert calls.rows(t).stride(0) == 4
 
 
-@pytest.mark.parametrize("subset", [(), ("x",), ("w_up",), ("scale",), ("b_down", "b_up"), launch.Needs._fields])
+@pytest.mark.parametrize("subset", [(), ("x",), ("w_up",), ("scale",), ("b_down", "b_up"), Needs._fields])
 def test_backward_returns_what_is_asked_for_in_its_dtype(path, subset):
     """Autograd would cast and drop in silence; the torch.library op does not."""
     call = Call(33, 20, 6, torch.float32, torch.float64 if path == "cpu" else torch.float32, scale="channel")
     t = call.inputs
     for dtype in (torch.float32, torch.bfloat16):
-        weights = launch.Weights(t["w_down"], t["b_down"], t["w_up"], t["b_up"], t["scale"])
-        options = launch.Options("gelu", 1.0, dtype)
+        weights = Weights(t["w_down"], t["b_down"], t["w_up"], t["b_up"], t["scale"])
+        options = Options("gelu", 1.0, dtype)
         z = torch.randn(33, 6).to(dtype)
-        names = launch.Needs._fields
-        needs = launch.Needs(*(n in subset for n in names))
-        path_of = ops.choose_path(t["x"], t["w_down"])
-        found = ops._backward(call.dy, t["x"], z, weights, options, needs, False, path_of)
+        names = Needs._fields
+        needs = Needs(*(n in subset for n in names))
+        of_path = calls.CPUCalls(options) if path == "cpu" else calls.KernelCalls(options, target(z.device))
+        found = of_path.backward(call.dy, t["x"], z, weights, needs, False)
         for name, gradient in zip(names, found, strict=True):
             assert (gradient is not None) == (name in subset), name
             assert gradient is None or (gradient.dtype, gradient.shape) == (t[name].dtype, t[name].shape), name

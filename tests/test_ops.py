@@ -1,14 +1,17 @@
 """The paths compute the same thing: values, gradients, second gradients, every subset of what is frozen."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from helpers import Call, assert_two_times_rule, check, check_exact, slack
 
 from adapter_ops import bottleneck_adapter, explain, ops, reference
-from adapter_ops.kernels import launch
 from adapter_ops.kernels.activations import ACTIVATIONS
+from adapter_ops.kernels.plan import INTERPRETED
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -270,22 +273,34 @@ def test_func_transforms_take_the_reference():
 # Which path, and why.
 
 
-def test_path_of_cpu_tensors(monkeypatch):
+NOT_INTERPRETED = """
+import torch
+from adapter_ops import explain
+from adapter_ops.backend import SMALL, SMALL_INFERENCE
+x, w = torch.zeros(4, 20), torch.zeros(6, 20)
+assert explain(x, w).name == "reference" and "small" in explain(x, w).reason
+with torch.no_grad():
+    assert explain(x, w).name == "reference"
+    assert explain(torch.zeros(SMALL_INFERENCE // 20 + 1, 20), w)[:2] == ("cpu", "the tensors are on the CPU")
+assert explain(torch.zeros(SMALL // 20 + 1, 20), w).name == "cpu"
+"""
+
+
+def test_backend_of_cpu_tensors():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", NOT_INTERPRETED], env=environment, check=True)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET is off")
+def test_backend_of_cpu_tensors_in_the_interpreter():
     x, w = torch.zeros(4, 20), torch.zeros(6, 20)
-    monkeypatch.setattr(launch, "INTERPRETED", True)
     assert explain(x, w).name == "triton" and "TRITON_INTERPRET" in explain(x, w).reason
-    monkeypatch.setattr(launch, "INTERPRETED", False)
-    assert explain(x, w).name == "cpu" and "small" in explain(x, w).reason
-    with torch.no_grad():
-        assert explain(x, w).reason == "the tensors are on the CPU"
-    assert explain(torch.zeros(ops.SMALL // 20 + 1, 20), w).reason == "the tensors are on the CPU"
+    assert explain(torch.zeros(4, 20), torch.zeros(5000, 20)).name == "triton"
 
 
-def test_path_of_other_tensors(monkeypatch):
+def test_backend_of_other_tensors():
     path = explain(torch.zeros(4, 20, device="meta"), torch.zeros(6, 20, device="meta"))
     assert path.name == "reference" and "'meta'" in path.reason
-    monkeypatch.setattr(launch, "INTERPRETED", True)
-    assert explain(torch.zeros(4, 20), torch.zeros(5000, 20)).name == "triton"
     path = explain(torch.zeros(4, 1 << 16, device="cpu"), torch.zeros(1, 1).expand(1 << 15, 1 << 16))
     assert path.name == "reference" and "2^31" in path.reason
 
@@ -310,7 +325,7 @@ def test_a_required_path_that_there_is_not(monkeypatch):
     compiled = torch.compile(bottleneck_adapter, backend="aot_eager")
     for function in (bottleneck_adapter, compiled):
         with pytest.raises(
-            RuntimeError, match="ADAPTER_OPS_REQUIRE=tritn names no path; known: triton, cpu, reference"
+            RuntimeError, match="ADAPTER_OPS_REQUIRE=tritn names no backend; known: triton, cpu, reference"
         ):
             function(x, w, None, w.t(), None)
 

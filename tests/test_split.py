@@ -6,8 +6,10 @@ from helpers import Call, assert_two_times_rule, check, check_exact, slack
 from test_ops import DTYPES, SUBSETS, as_function
 
 from adapter_ops import reference
-from adapter_ops.kernels import launch, split
+from adapter_ops.kernels import backward
 from adapter_ops.kernels.activations import ACTIVATIONS
+from adapter_ops.kernels.plan import target
+from adapter_ops.kernels.problem import Needs, Options, Weights, backward_problem
 
 # With tiles of 128 columns for M ≤ 64 and fewer above, D = 300 takes up to three splits, the last of them ragged.
 FORMS = pytest.mark.parametrize("splits", [1, 2, 3], indirect=True)
@@ -128,11 +130,20 @@ def test_scale_residual_dtype_at_a_large_bottleneck(path, scale, own_residual, d
     check(Call(130, 40, 300, dtype, scale=scale, own_residual=own_residual), path)
 
 
-def test_up_kernel_ignores_what_it_does_not_need(path):
+def test_expand_ignores_what_it_does_not_need(path):
     """dx of a residual of its own takes no dy."""
     if path == "cpu":
         pytest.skip("a test of one Triton kernel, which the CPU path does not have")
-    dz, w_down, dx = torch.randn(5, 40), torch.randn(40, 30), torch.empty(5, 30)
-    with launch.device_guard(dz):
-        split.input_gradient(dz, w_down, None, dx)
-    torch.testing.assert_close(dx, dz @ w_down)
+    call = Call(5, 30, 300, own_residual=True)
+    t = call.inputs
+    weights = Weights(t["w_down"], None, t["w_up"], None, None)
+    needs = Needs(True, False, False, False, False, False)
+    options, card = Options("identity", 1.0, torch.float32), target(t["x"].device)
+    problem = backward_problem(call.dy, t["x"], torch.zeros(5, 300), weights, options, needs, False, card)
+    plan = backward.plan(problem)
+    (launch,) = (one for one in plan.launches if one.arguments.get("y_ptr") == "dx")
+    assert launch.arguments["residual_ptr"] is None
+    tensors = plan.tensors((torch.full_like(call.dy, float("nan")), t["x"], torch.zeros(5, 300), *weights))
+    tensors["dz"].normal_()
+    launch(tensors)
+    torch.testing.assert_close(tensors["dx"], tensors["dz"] @ t["w_down"])

@@ -68,18 +68,14 @@ def test_mixed_dtypes_fit_shared_memory():
 
 BROKEN = """
 import json
-from adapter_ops.kernels import backward, configs, forward
+from adapter_ops.kernels import configs
+from adapter_ops.kernels.problem import Tuning
 from bench.static import compile_all
 
-choose, run = configs.choose, forward.forward
-backward.backward = lambda *_: [None] * 6  # forward is enough, and quick
-
-def rows(arch, R=64, D=768, **config):
-    configs.choose = (lambda *_: configs.Config(**config, BLOCK_R=R)) if config else choose
-    return [[row.kernel, *row.failures] for row in compile_all(D, R, "bf16", arch)]
-
-def close(x, residual, *rest):  # rows one element closer than they are long: every other one is not aligned
-    return run(x.as_strided(x.shape, (x.shape[1] - 1, 1)), residual, *rest)
+def rows(arch, R=64, D=768, stride=None, **config):
+    tiles = (("fused", configs.Config(**config, BLOCK_R=R)),) if config else ()
+    found = compile_all(D, R, "bf16", arch, tuning=Tuning("fused", tiles), stride=stride, kernels=("fused_kernel",))
+    return [[row.kernel, *row.failures] for row in found]
 
 found = {
     "spill": rows("sm_80", BLOCK_M=128, BLOCK_D=128, num_warps=4, num_stages=2),
@@ -87,9 +83,8 @@ found = {
     "generation": rows("sm_90", BLOCK_M=32, BLOCK_D=64, num_warps=4, num_stages=2),
     "compiler": rows("sm_80", BLOCK_M=24, BLOCK_D=64, num_warps=4, num_stages=2),
     "odd": rows("sm_80", D=767),
+    "scalar": rows("sm_80", stride=767),  # rows one element closer than they are long: every other one is not aligned
 }
-forward.forward = close
-found["scalar"] = rows("sm_80")
 print(json.dumps(found))
 """
 
@@ -104,7 +99,7 @@ def test_rules_fire():
         "scalar": "x_ptr accessed 2 bytes at a time",
     }.items():
         kernel, *failures = found[name][0]
-        assert kernel == "forward_kernel" and len(failures) == 1 and failures[0].startswith(words), (name, found[name])
+        assert kernel == "fused_kernel" and len(failures) == 1 and failures[0].startswith(words), (name, found[name])
     assert all(len(row) == 1 for row in found["odd"])  # nothing but scalar access is possible
 
 

@@ -13,24 +13,29 @@ import triton
 import triton.language as tl
 from triton import cdiv
 
-from adapter_ops.kernels import launch
-from adapter_ops.kernels.launch import Needs
+from adapter_ops.kernels.plan import INTERPRETED
+from adapter_ops.kernels.problem import Needs
 from bench import formulas, traffic
 from bench.cases import Shape
 
 ROOT = Path(__file__).parent.parent
 interpreted = pytest.mark.skipif(
-    not launch.INTERPRETED, reason="TRITON_INTERPRET is off; test_command counts in a process of its own"
+    not INTERPRETED, reason="TRITON_INTERPRET is off; test_command counts in a process of its own"
 )
+
+
+# The resident form, which no interpreter runs, is left out.
+UNRUN = traffic.INTERPRETER._replace(interpreted=False, unmeasured=True, capability=(8, 0))
 
 
 def form(phase, one):
     """The row of README's table that a launch belongs to."""
     a = one.arguments
-    if one.kernel in ("down_kernel", "up_kernel"):
-        s = a["grid"][1] if one.kernel == "down_kernel" else a["S"]
-        detail = ", dx" if phase == "backward" else f", S {'=' if s == 1 else '>'} 1"
-    elif one.kernel == "weights_kernel":
+    if one.kernel == "shrink_kernel":
+        detail = f", S {'=' if a['grid'][1] == 1 else '>'} 1"
+    elif one.kernel == "expand_kernel":
+        detail = ", dx" * (phase == "backward")
+    elif one.kernel == "dx_dw_kernel":
         detail = f", Q {'=' if a['R'] <= a['BLOCK_R'] else '>'} 1"
     else:
         detail = ""
@@ -44,7 +49,7 @@ def readme():
 
 
 def check(shape, **arguments):
-    launches = list(itertools.chain(*traffic.step(Shape.parse(shape), run=True, **arguments).values()))
+    launches = list(itertools.chain(*traffic.step(Shape.parse(shape), traffic.INTERPRETER, **arguments).values()))
     assert launches
     for one in launches:
         assert one.counted == one.formula(), one.kernel
@@ -54,12 +59,13 @@ def check(shape, **arguments):
 def test_counted_cases_reach_every_form():
     forms, blocks_of_r = set(), set()
     for shape, arguments in traffic.COUNTED:
-        for phase, launches in traffic.step(Shape.parse(shape), run=False, **arguments).items():
+        for phase, launches in traffic.step(Shape.parse(shape), UNRUN, **arguments).items():
             for one in launches:
                 forms.add(form(phase, one))
-                blocks_of_r.add((form(phase, one), one.arguments["R"] > one.arguments["BLOCK_R"]))
+                if "BLOCK_R" in one.arguments:
+                    blocks_of_r.add((form(phase, one), one.arguments["R"] > one.arguments["BLOCK_R"]))
     assert forms == readme().keys() - {f"`{name.removesuffix('_kernel')}`" for name in formulas.NOT_COUNTED}
-    either = ("`down`, S = 1", "`down`, S > 1", "`up`, S = 1", "`up`, S > 1", "`dz`", "`reduce`")
+    either = ("`shrink`, S = 1", "`shrink`, S > 1", "`expand`", "`dz`", "`reduce`")
     assert blocks_of_r >= set(itertools.product(either, (False, True)))
 
 
@@ -89,10 +95,11 @@ def spread_kernel(source_ptr, out_ptr, N, BLOCK: tl.constexpr):
 @interpreted
 def test_meter_on_a_kernel_counted_by_hand():
     source, out = torch.zeros(8, dtype=torch.float16), torch.zeros(8)
-    with traffic.recorded(run=True) as launches:
+    with traffic.counting() as accesses:
         spread_kernel[(1,)](source, out, 5, BLOCK=8)
     # Elements 0 0 1 1 2 and 3 of two bytes; five stores of four bytes, three masked off.
-    assert launches[0].counted == {"read source_ptr": (12, 8), "write out_ptr": (20, 20)}
+    counted = traffic.attributed(accesses, {"source_ptr": source, "out_ptr": out})
+    assert counted == {"read source_ptr": (12, 8), "write out_ptr": (20, 20)}
 
 
 def test_sums_in_the_readme():
@@ -101,12 +108,12 @@ def test_sums_in_the_readme():
     for shape in ("301x130x70", "65536x768x64", "65536x512x24", "5000x1000x200", "9001x1000x300", "16x4096x64"):
         size = Shape.parse(shape)
         for x, parameter in ((x, p) for x in dtypes for p in dtypes if p.itemsize >= x.itemsize):
-            for phase, launches in traffic.planned(size, dtype=x, parameter_dtype=parameter).items():
+            for phase, launches in traffic.step(size, traffic.HOPPER, dtype=x, parameter_dtype=parameter).items():
                 for one in launches:
                     a, grid = one.arguments, one.arguments["grid"]
                     names = vars(size) | {"e": x.itemsize, "p": parameter.itemsize, "G": grid[0]}
-                    names |= {"S": a.get("S", grid[-1]), "P": a.get("P") or cdiv(size.M, a["BLOCK_M"])}
-                    names |= {"C": cdiv(size.D, a.get("BLOCK_D", 1)), "Q": cdiv(size.R, a["BLOCK_R"])}
+                    names |= {"S": a.get("S", grid[-1]), "P": a.get("P") or cdiv(size.M, a.get("BLOCK_M", 1))}
+                    names |= {"C": cdiv(size.D, a.get("BLOCK_D", 1)), "Q": cdiv(size.R, a.get("BLOCK_R", size.R))}
                     found = tuple(eval(column.replace("·", "*"), names) for column in sums[form(phase, one)])
                     assert found == traffic.total([one.formula()]), (shape, x, parameter, one.kernel)
                     reached.add(form(phase, one))
@@ -119,7 +126,7 @@ def test_every_kernel_has_a_formula():
 
 
 def test_compulsory_bytes_are_near_the_floor():
-    launches, md = traffic.planned(Shape(65536, 768, 64)), 65536 * 768
+    launches, md = traffic.step(Shape(65536, 768, 64), traffic.HOPPER), 65536 * 768
     moved = {phase: traffic.total(one.formula() for one in of_phase) for phase, of_phase in launches.items()}
     assert moved["forward"].compulsory <= 1.06 * 4 * md
     assert moved["backward"].compulsory <= 1.55 * 6 * md
@@ -137,14 +144,14 @@ def test_command():
     assert found.returncode == 0, found.stderr
     assert found.stdout.count(" OK\n") > 3 * len(traffic.COUNTED) and "MISMATCH" not in found.stdout
     assert re.search(r"65536×768×64    forward .*  resident\*\n", found.stdout)
-    assert re.search(r"4096×1000×10   backward .*  dz weights reduce\n", found.stdout)
-    assert re.search(r"64×64×1000    forward .*  down up\n", found.stdout)
+    assert re.search(r"4096×1000×10   backward .*  dz dx_dw reduce\n", found.stdout)
+    assert re.search(r"64×64×1000    forward .*  shrink expand\n", found.stdout)
 
 
 @interpreted
 def test_mismatch_is_printed_and_fails(monkeypatch, capsys):
     monkeypatch.setattr(traffic, "COUNTED", [("150x20x6", {"save_z": False})])
-    monkeypatch.setitem(formulas.FORMULAS, "forward_kernel", lambda a: ({"x_ptr": 1}, {"y_ptr": 1}))
+    monkeypatch.setitem(formulas.FORMULAS, "fused_kernel", lambda a: ({"x_ptr": 1}, {"y_ptr": 1}))
     assert traffic.main(["--shapes", "64x64x8"]) == 1
     printed = capsys.readouterr().out
     assert "MISMATCH" in printed and "read x_ptr: counted Bytes(logical=12000, compulsory=6000)" in printed

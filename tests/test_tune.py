@@ -19,9 +19,9 @@ A, B, C = Config(64, 64, 4, 2), Config(64, 128, 8, 3), Config(128, 64, 8, 3, 64)
 JUDGED = """
 from bench.tune import Config, Job, Shape, passes
 good, spills, refused = Config(64, 128, 8, 3), Config(128, 256, 4, 2), Config(24, 64, 4, 2)
-for kernel in ("forward", "down", "up", "dz", "weights"):
+for kernel in ("fused", "shrink", "expand", "dz", "dx_dw"):
     assert passes(Job(kernel, Shape(65536, 768, 64), good), "bf16", "sm_90"), kernel
-assert not passes(Job("forward", Shape(65536, 768, 64), spills), "bf16", "sm_90")
+assert not passes(Job("fused", Shape(65536, 768, 64), spills), "bf16", "sm_90")
 assert not passes(Job("dz", Shape(65536, 768, 64), refused), "bf16", "sm_90")
 """
 
@@ -41,8 +41,8 @@ def test_winner_is_least_behind_at_all_shapes():
     small, large = Shape(65536, 768, 64), Shape(16384, 4096, 64)
     times = {Job("dz", small, A): 1.0, Job("dz", large, A): 4.0, Job("dz", small, B): 1.5, Job("dz", large, B): 2.0}
     times |= {Job("dz", small, C): 0.9}  # did not run at the other shape
-    times |= {Job("up", Shape(65536, 768, 16), C): 1.0}
-    assert tune.winners(times) == {"dz": {64: B}, "up": {16: C}}
+    times |= {Job("expand", Shape(65536, 768, 16), C): 1.0}
+    assert tune.winners(times) == {"dz": {64: B}, "expand": {16: C}}
 
 
 def plain(rows):

@@ -3,7 +3,7 @@
     z = x · W_downᵀ + b_down                   [M, R]
     y = x + scale · (act(z) · W_upᵀ + b_up)    [M, D]
 
-`forward.py` reads x a second time as the residual, from L2 at best. Here a program takes BLOCK_M whole rows of x into
+`fused.py` reads x a second time as the residual, from L2 at best. Here a program takes BLOCK_M whole rows of x into
 shared memory, a chunk of BLOCK_D columns at a time, multiplies them from there, and turns each chunk into y in place;
 the copy engine writes it out from the same bytes. x crosses from L2 once. The weights come in the same order for every
 tile, all of W_down and then all of W_up, through a ring of STAGES chunks. A program walks over several tiles: as soon
@@ -22,14 +22,56 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from . import configs
 from .activations import find_activation
-from .configs import Resident, blocks, side
-from .launch import TL_DTYPE, Options, Weights, scale_stride
+from .configs import Resident
+from .parts import finish
+from .plan import TL_DTYPE, Boxes, Launch
+from .problem import Problem
 
 # Triton 3.9 renamed these.
 RENAMED = gl.constexpr(hasattr(tma, "async_load"))
 tma_load = tma.async_load if RENAMED else tma.async_copy_global_to_shared
 tma_store = tma.async_store if RENAMED else tma.async_copy_shared_to_global
+
+
+def launch(p: Problem, config: Resident) -> Launch:
+    """y and, unless it is not to be saved, z of a problem that `fits`."""
+    rows, columns, bottleneck = config.BLOCK_M, config.BLOCK_D, configs.side(p.R)
+    tiles = configs.blocks(p.M, rows)
+    arguments = {
+        "x_desc": Boxes("x", rows, columns),
+        "y_desc": Boxes("y", rows, columns),
+        "w_down_desc": Boxes("w_down", bottleneck, columns),
+        "w_up_desc": Boxes("w_up", columns, bottleneck),
+        "b_down_ptr": "b_down" if p.b_down else None,
+        "b_up_ptr": "b_up" if p.b_up else None,
+        "scale": p.scale,
+        "scale_ptr": "scale" if p.scale_size else None,
+        "z_ptr": "z" if p.save_z else None,
+        "M": p.M,
+        "tiles": tiles,
+    }
+    constants = dict(
+        D=p.D,
+        R=p.R,
+        SCALE_STRIDE=p.scale_stride,
+        ACT=find_activation(p.activation).act,
+        BLOCK_M=rows,
+        BLOCK_D=columns,
+        BLOCK_R=bottleneck,
+        STAGES=config.STAGES,
+        num_warps=rows // 16,
+        enable_fp_fusion=True,
+    )
+    return Launch(resident_kernel, (min(tiles, config.programs),), arguments, constants)
+
+
+def descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """What the copy engine knows of a tensor [..., D] that is dense, or [M, D] with any row stride."""
+    tensor = tensor if tensor.dim() == 2 else tensor.view(-1, tensor.shape[-1])
+    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], TL_DTYPE[tensor.dtype])
+    return TensorDescriptor.from_tensor(tensor, [rows, columns], layout)
 
 
 @gluon.jit
@@ -157,8 +199,7 @@ def resident_kernel(
         for i in range(CHUNKS):
             offs_d = i * BLOCK_D + gl.arange(0, BLOCK_D, gl.SliceLayout(0, y_layout))
             mask_d = offs_d < D
-            if b_up_ptr is not None:
-                b_up = gl.load(b_up_ptr + offs_d, mask=mask_d, other=0.0).to(gl.float32)
+            b_up = gl.load(b_up_ptr + offs_d, mask=mask_d, other=0.0) if b_up_ptr is not None else None
             x = xs.index(i).load(y_layout)  # [BLOCK_M, BLOCK_D]
             mbarrier.wait(w_ready.index(k % STAGES), (k // STAGES) & 1)
             w = _slot(ring, k % STAGES, [BLOCK_D, BLOCK_R], UP).permute((1, 0))
@@ -167,12 +208,8 @@ def resident_kernel(
             free = k + STAGES
             _load_weights(free, free < total, w_down_desc, w_up_desc, ring, w_ready, CHUNKS, BLOCK_D, BLOCK_R, STAGES)
             k += 1
-            if b_up_ptr is not None:
-                y += b_up[None, :]
-            if scale_ptr is not None:
-                y *= gl.load(scale_ptr + offs_d * SCALE_STRIDE, mask=mask_d, other=0.0).to(gl.float32)[None, :]
-            else:
-                y *= scale
+            s = gl.load(scale_ptr + offs_d * SCALE_STRIDE, mask=mask_d, other=0.0) if scale_ptr is not None else None
+            y = finish(y, b_up, scale, s, gl.float32)
             xs.index(i).store((x.to(gl.float32) + y).to(dtype))
             fence_async_shared()
             tma_store(y_desc, [row, i * BLOCK_D], xs.index(i))
@@ -187,46 +224,3 @@ def resident_kernel(
             coordinates = [row + step * BLOCK_M, (CHUNKS - 1) * BLOCK_D]
             tma_load(x_desc, coordinates, x_ready.index(CHUNKS - 1), xs.index(CHUNKS - 1))
         x_phase ^= 1
-
-
-def _boxes(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], TL_DTYPE[tensor.dtype])
-    return TensorDescriptor.from_tensor(tensor, [rows, columns], layout)
-
-
-def fits(x: Tensor, weights: Weights, options: Options) -> bool:
-    """Whether the copy engine can take these tensors: one 16-bit dtype, rows and starts at multiples of 16 bytes."""
-    tensors = (x, weights.w_down, weights.w_up)
-    return x.dtype.itemsize == 2 and all(
-        t.dtype == options.dtype and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 for t in tensors
-    )
-
-
-def forward(x: Tensor, weights: Weights, options: Options, y: Tensor, z: Tensor | None, config: Resident) -> None:
-    """Fills y [M, D] and z [M, R]; x, W_down and W_up as `fits` asks, config from `configs.resident`."""
-    (M, D), R = x.shape, weights.w_down.shape[0]
-    BLOCK_M, BLOCK_D, BLOCK_R = config.BLOCK_M, config.BLOCK_D, side(R)
-    tiles = blocks(M, BLOCK_M)
-    resident_kernel[(min(tiles, config.programs),)](
-        _boxes(x, BLOCK_M, BLOCK_D),
-        _boxes(y, BLOCK_M, BLOCK_D),
-        _boxes(weights.w_down, BLOCK_R, BLOCK_D),
-        _boxes(weights.w_up, BLOCK_D, BLOCK_R),
-        weights.b_down,
-        weights.b_up,
-        options.scale,
-        weights.scale,
-        z,
-        M,
-        tiles,
-        D=D,
-        R=R,
-        SCALE_STRIDE=scale_stride(weights.scale),
-        ACT=find_activation(options.activation).act,
-        BLOCK_M=BLOCK_M,
-        BLOCK_D=BLOCK_D,
-        BLOCK_R=BLOCK_R,
-        STAGES=config.STAGES,
-        num_warps=BLOCK_M // 16,
-        enable_fp_fusion=True,
-    )

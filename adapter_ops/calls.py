@@ -1,0 +1,166 @@
+"""Calls: what calls of the same sizes, strides, dtypes, devices and settings have in common, worked out once.
+
+`KernelCalls` and `CPUCalls` have the same two methods, forward and backward, and no tensors: they may be called from
+any thread, and by any adapter of the same sizes.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cpu
+from .kernels import backward as backward_form
+from .kernels import forward as forward_form
+from .kernels.plan import Plan
+from .kernels.problem import (
+    UNTUNED,
+    Needs,
+    Options,
+    Problem,
+    Target,
+    Tuning,
+    Weights,
+    backward_problem,
+    forward_problem,
+)
+
+Parameters = Sequence[Tensor | None]
+# A recording's function: the outputs, or None where there is none for these inputs.
+Play = Callable[..., Sequence[Any] | None]
+
+KEPT = 4096  # how many kinds of calls are remembered; when there are more, all are forgotten
+
+
+def rows(t: Tensor) -> Tensor:
+    """t [..., D] as [M, D] with a dense last dimension; a view wherever one exists.
+
+    Rows may overlap. A tile of 128 rows is addressed in 32 bits, so rows further apart than 2^24 elements are copied
+    together.
+    """
+    if t.dim() != 2:
+        t = t.reshape(-1, t.shape[-1])
+    if t.is_contiguous():
+        return t
+    row, column = t.stride()
+    return t if column == 1 and row < 1 << 24 else t.contiguous()
+
+
+def dense(weights: Sequence[Tensor | None]) -> Weights:
+    """The kernels and oneDNN take no strides of parameters; oneDNN reads a strided bias as if it were dense."""
+    return Weights(*(None if t is None else t.contiguous() for t in weights))  # type: ignore[arg-type]
+
+
+def _nothing(*inputs: Any) -> None:
+    """Of what was not recorded yet."""
+
+
+def _any_rows(t: Tensor | None) -> Tensor | None:
+    """t as the kernels take it: of any shape where it is dense, else [M, D]."""
+    return t if t is None or t.is_contiguous() else rows(t)
+
+
+class CPUCalls:
+    """Calls of the CPU backend, by any number of tensors that it serves."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    def forward(self, inputs: tuple[Any, ...], save_z: bool) -> Sequence[Any]:
+        """y and z of x, residual and the five weights."""
+        x, residual, *weights = inputs
+        x_rows = rows(x)
+        y, z = cpu.forward(x_rows, x_rows if residual is None else rows(residual), dense(weights), self.options, save_z)
+        return _as(y, x), z
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        z: Tensor,
+        weights: Sequence[Tensor | None],
+        needs: Sequence[bool],
+        residual_is_x: bool,
+    ) -> Sequence[Any]:
+        """The gradients in the order of `Needs`."""
+        dx, *rest = cpu.backward(rows(dy), rows(x), z, dense(weights), self.options, Needs(*needs), residual_is_x)
+        return [None if dx is None else dx.view(x.shape), *rest]
+
+
+def _as(y: Tensor, x: Tensor) -> Tensor:
+    """y in the shape of x. No view, because autograd lets nobody write into a view that was made inside a Function."""
+    return y if y.shape == x.shape else y.resize_(x.shape)
+
+
+class KernelCalls:
+    """Calls of the kernels with one description; the plans that they need, and recordings of them."""
+
+    def __init__(self, options: Options, target: Target, tuning: Tuning = UNTUNED) -> None:
+        self.options, self.target, self.tuning = options, target, tuning
+        self.plans: dict[Problem, Plan] = {}
+        # What was recorded of forward without z and with z, and of backward by all that its plan depends on besides.
+        self.forwards: list[Play] = [_nothing, _nothing]
+        self.backwards: dict[Any, Play] = {}
+
+    def forward(self, inputs: tuple[Any, ...], save_z: bool) -> Sequence[Any]:
+        """y and z of x, residual and the five weights."""
+        return self.forwards[save_z](*inputs) or self._first_forward(inputs, save_z)
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        z: Tensor,
+        weights: Sequence[Tensor | None],
+        needs: Sequence[bool],
+        residual_is_x: bool,
+    ) -> Sequence[Any]:
+        """The gradients in the order of `Needs`."""
+        tf32 = self.options.dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision
+        key = (*needs, residual_is_x, dy.dtype, dy.stride(), tf32)
+        found = self.backwards.get(key, _nothing)(dy, x, z, *weights)
+        if found is None:
+            found = self._first_backward(key, (dy, x, z, *weights), Needs(*needs), residual_is_x)
+        return found if weights[-1] is None or found[-1] is None else [*found[:-1], _of_scale(found[-1], weights[-1])]
+
+    def _first_forward(self, inputs: tuple[Any, ...], save_z: bool) -> Sequence[Any]:
+        x, residual, *weights = inputs
+        taken = (_any_rows(x), _any_rows(residual), *dense(weights))
+        described = rows(x), None if residual is None else rows(residual), Weights(*taken[2:])
+        problem = forward_problem(*described, self.options, save_z, self.target, self.tuning)
+        plan = self.plans.get(problem) or self._keep(problem, forward_form.plan(problem))
+        y, z = plan.run(taken)
+        if plan.recording is not None and _same(taken, inputs):
+            self.forwards[save_z] = plan.recording.play
+        assert y is not None
+        return _as(y, x), z
+
+    def _first_backward(self, key: Any, inputs: tuple[Any, ...], needs: Needs, residual_is_x: bool) -> list[Any]:
+        dy, x, z, *weights = inputs
+        taken = (_any_rows(dy), _any_rows(x), z, *dense(weights))
+        described = rows(dy), rows(x), z, Weights(*taken[3:])
+        problem = backward_problem(*described, self.options, needs, residual_is_x, self.target, self.tuning)
+        plan = self.plans.get(problem) or self._keep(problem, backward_form.plan(problem))
+        found = plan.run(taken)
+        if plan.recording is not None and _same(taken, inputs):
+            self.backwards[key] = plan.recording.play
+        if found[0] is not None:
+            found[0] = found[0].view(x.shape)
+        return found
+
+    def _keep(self, problem: Problem, plan: Plan) -> Plan:
+        if len(self.plans) >= KEPT:
+            self.plans.clear()
+        self.plans[problem] = plan
+        return plan
+
+
+def _of_scale(per_channel: Any, scale: Tensor) -> Tensor:
+    """The gradient of a scale of one value or one a channel, from one value a channel."""
+    total = per_channel if scale.numel() > 1 else per_channel.sum()
+    return total.to(scale.dtype).view_as(scale)
+
+
+def _same(taken: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> bool:
+    return all(a is b for a, b in zip(taken, inputs))
