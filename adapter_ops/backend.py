@@ -47,9 +47,11 @@ _PLAIN_IN_EXPORT = _PLAIN | {FakeTensor}
 
 _REQUIRE = "ADAPTER_OPS_REQUIRE"
 # `os.environ.get` of a variable that is not set raises and catches two errors, which takes as long as a small product;
-# so each call looks into the dictionary behind it, where there is one.
+# so each call looks into the dictionary behind it, where there is one. It may hold keys and values as bytes.
 _environment: Any = getattr(os.environ, "_data", os.environ)
-_required_key: Any = os.environ.encodekey(_REQUIRE) if hasattr(os.environ, "_data") else _REQUIRE  # type: ignore[attr-defined]
+_encode: Any = os.environ.encodekey if hasattr(os.environ, "_data") else str  # type: ignore[attr-defined]
+_REQUIRE_KEY = _encode(_REQUIRE)
+_ENCODED = {name: os.fsencode(name) if isinstance(_REQUIRE_KEY, bytes) else name for name in NAMES}
 
 _is_compiling = torch.compiler.is_compiling
 _in_functorch = torch._C._are_functorch_transforms_active
@@ -67,7 +69,7 @@ def transformed() -> bool:
 def ordinary(x: Tensor) -> bool:
     """Whether a call is eager and nothing stands between PyTorch's operations and the memory of plain tensors.
 
-    It is what `obstacle` asks, but for the tensors' types, and whether ADAPTER_OPS_REQUIRE is set.
+    It is what `obstacle` asks, but for the tensors' types.
     """
     return not (
         _is_compiling()
@@ -76,7 +78,6 @@ def ordinary(x: Tensor) -> bool:
         or _tracing_state() is not None
         or _dispatch_modes()
         or is_batch(x)
-        or _required_key in _environment
     )
 
 
@@ -108,9 +109,9 @@ def obstacle(x: Tensor, *others: Tensor | None) -> Backend | None:
     return None
 
 
-def is_required() -> bool:
-    """Whether ADAPTER_OPS_REQUIRE is set."""
-    return _required_key in _environment
+def is_refused(name: str) -> bool:
+    """Whether ADAPTER_OPS_REQUIRE is set to something else than the name of a backend."""
+    return _REQUIRE_KEY in _environment and _environment[_REQUIRE_KEY] != _ENCODED[name]
 
 
 def require(backend: Backend) -> None:

@@ -17,15 +17,16 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from . import backend, reference
-from .backend import Backend, compute_dtype, is_batch, obstacle, ordinary, require, transformed
+from .backend import Backend, compute_dtype, is_batch, is_refused, obstacle, ordinary, require, transformed
 from .calls import KEPT, CPUCalls, KernelCalls, rows
 from .kernels import plan
 from .kernels.activations import find_activation
 from .kernels.problem import UNTUNED, Needs, Options, Tuning, Weights
 
-# A call of x, residual and the five weights, without any check, for each kind of call that was checked before.
+# A call of x, residual and the five weights, without any check, and the name of its backend, for each kind of call that
+# was checked before.
 Run = Callable[..., Tensor]
-RUNS: dict[Any, Run] = {}
+RUNS: dict[Any, tuple[Run, str]] = {}
 _grad_enabled, _float32 = torch.is_grad_enabled, torch.float32
 _some_autocast = torch._C._is_any_autocast_enabled
 
@@ -78,12 +79,12 @@ def known(
     try:
         if not ordinary(x):
             return None
-        run = RUNS.get(describe(x, residual, w_down, b_down, w_up, b_up, scale, activation))
+        found = RUNS.get(describe(x, residual, w_down, b_down, w_up, b_up, scale, activation))
     except (AttributeError, RuntimeError, TypeError):  # the checks find what is wrong
         return None
-    if run is None:
+    if found is None or is_refused(found[1]):
         return None
-    return run(x, residual, w_down, b_down, w_up, b_up, None if scale.__class__ is float else as_tensor(scale))
+    return found[0](x, residual, w_down, b_down, w_up, b_up, None if scale.__class__ is float else as_tensor(scale))
 
 
 def as_tensor(scale: Any) -> Tensor | None:
@@ -120,7 +121,7 @@ def adapter(
             RUNS.clear()
         w_down, b_down, w_up, b_up, scale_tensor = weights
         given = scale if scale_tensor is None else scale_tensor
-        RUNS[describe(x, residual, w_down, b_down, w_up, b_up, given, activation)] = run
+        RUNS[describe(x, residual, w_down, b_down, w_up, b_up, given, activation)] = run, found.name
     return run(x, residual, *weights)
 
 
@@ -255,7 +256,7 @@ def _(dy, x, z, w_down, b_down, w_up, b_up, scale_tensor, activation, scale, dty
     return [t.new_empty(t.shape) for t, need in zip(inputs, needs) if need]
 
 
-OP_CALLS: dict[Any, CPUCalls | KernelCalls] = {}
+OP_CALLS: dict[Any, tuple[CPUCalls | KernelCalls, str]] = {}
 
 
 def _op_calls(x: Tensor, residual: Tensor | None, weights: Weights, options: Options) -> CPUCalls | KernelCalls:
@@ -264,15 +265,15 @@ def _op_calls(x: Tensor, residual: Tensor | None, weights: Weights, options: Opt
     Inside an op there is no autograd to fall back on: what would be the reference is ATen.
     """
     key = describe(x, residual, *weights, options.activation), options
-    calls = OP_CALLS.get(key)
-    if calls is None or backend.is_required():
+    known_calls = OP_CALLS.get(key)
+    if known_calls is None or is_refused(known_calls[1]):
         shaped = rows(x), None if residual is None else rows(residual)
         found = backend.choose(*shaped, weights, options)
         require(found)
         if len(OP_CALLS) >= KEPT:
             OP_CALLS.clear()
-        calls = OP_CALLS[key] = _calls(found.name, x, options)
-    return calls
+        known_calls = OP_CALLS[key] = _calls(found.name, x, options), found.name
+    return known_calls[0]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

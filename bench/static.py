@@ -42,6 +42,8 @@ TOKENS = (65536, 4096, 16)  # configs choose other kernels for fewer tokens
 # wgmma and tcgen05 take 64 rows or more. A kernel that only runs for fewer tokens may use any generation.
 FEW = 64
 
+KERNELS = ("fused", "resident", "shrink", "combine", "expand", "dz", "dx_dw", "reduce")
+
 # What `make static` goes through.
 HIDDEN = (384, 512, 768, 1024, 1280, 2048, 4096, 5120, 8192)
 BOTTLENECK = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
@@ -273,6 +275,12 @@ def main(argv: list[str] | None = None) -> int:
             help="comma-separated (default: %(default)s)",
         )
     parser.add_argument(
+        "--kernels",
+        type=listed(one_of("kernel", KERNELS)),
+        default=",".join(KERNELS),
+        help="compile no others (default: %(default)s)",
+    )
+    parser.add_argument(
         "--random",
         type=whole(1),
         metavar="N",
@@ -300,7 +308,8 @@ def main(argv: list[str] | None = None) -> int:
     rows: list[Row] = []
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(min(len(cells), os.cpu_count() or 1), spawn) as pool:
-        for found in tqdm(pool.map(compile_all, *zip(*cells)), total=len(cells), unit="cell", disable=None):
+        compile_cell = functools.partial(compile_all, kernels=tuple(f"{name}_kernel" for name in args.kernels))
+        for found in tqdm(pool.map(compile_cell, *zip(*cells)), total=len(cells), unit="cell", disable=None):
             rows += found
             for row in found:
                 tqdm.write(line(row))

@@ -1,12 +1,15 @@
 """Tables and forms: something is chosen for anything. tests/test_static.py compiles it."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapter_ops.kernels import backward, configs, forward
-from adapter_ops.kernels.problem import Needs, Problem, Rows, Target
+from adapter_ops.kernels.plan import Memory, Plan
+from adapter_ops.kernels.problem import Needs, Problem, Rows, Target, Tuning
 
 H200 = Target((9, 0), 132)
 
@@ -75,14 +78,22 @@ def test_every_measured_row_is_of_a_form_and_shown():
 
 
 def test_a_form_that_is_asked_for_runs_or_raises():
-    from adapter_ops.kernels.problem import Tuning
-
     for form in ("fused", "split"):
         assert forward.plan(problem(tuning=Tuning(form))).form == form
     with pytest.raises(ValueError, match="the form 'resident' does not fit"):
         forward.plan(problem(R=200, tuning=Tuning("resident")))
     with pytest.raises(ValueError, match="the form 'none' does not fit"):
         forward.plan(problem(tuning=Tuning("none")))
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 70), st.sampled_from([torch.bfloat16, torch.float32])), max_size=8))
+def test_scratch_tensors_do_not_overlap(sizes):
+    scratch = {f"s{i}": Memory((size,), dtype) for i, (size, dtype) in enumerate(sizes)}
+    plan = Plan(problem(), "form", "reason", scratch=scratch)
+    spans = [(o, o + m.shape[0] * m.dtype.itemsize) for o, m in zip(plan.offsets, scratch.values())]
+    assert all(o % 256 == 0 and end <= plan.bytes for o, end in spans)
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
 
 
 def test_a_plan_prints_what_it_launches():

@@ -1,0 +1,218 @@
+"""Replayed launches step aside for Triton's dispatcher where something has changed; on the rig, which needs no GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.host import build
+
+ROOT = Path(__file__).parent.parent
+
+SETUP = """
+from bench.host import rig
+rig.start()
+import sys, threading, torch
+from triton import knobs
+from adapter_ops import BottleneckAdapter, bottleneck_adapter, explain, ops
+from adapter_ops.kernels import replay, split
+from adapter_ops.kernels.replay import dispatching
+
+def adapter(D=64, R=16, **options):
+    return BottleneckAdapter(D, R, dtype=torch.bfloat16, device="meta", **options).to_empty(device="cuda")
+
+def rows(M=32, D=64, **options):
+    return torch.empty(M, D, dtype=torch.bfloat16, device="cuda", **options)
+
+def dispatched(call):
+    "How many launches of a call go through Triton's dispatcher."
+    found, run = [], split.shrink_kernel.__class__.run
+    def counted(kernel, *args, **options):
+        found.append(kernel.__name__)
+        return run(kernel, *args, **options)
+    split.shrink_kernel.__class__.run = counted
+    try:
+        call()
+    finally:
+        split.shrink_kernel.__class__.run = run
+    return len(found)
+
+def step(a, x):
+    return lambda: torch.autograd.grad(a(x), [x, *a.parameters()], torch.empty_like(x))
+
+a, x = adapter(), rows(requires_grad=True)
+call = step(a, x)
+counts = [dispatched(call) for _ in range(4)]
+assert counts == [5, 5, 0, 0], counts  # a size that comes once is not recorded
+"""
+
+CHANGES = {
+    "launch hooks": """
+seen = []
+hook = lambda metadata: seen.append(metadata.get()["name"])
+for chain in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
+    chain.add(hook)
+    assert dispatched(call) == 5 and len(seen) == 5, seen
+    chain.remove(hook)
+    seen.clear()
+    assert dispatched(call) == 0 and not seen
+""",
+    "pre-run hooks": """
+seen = []
+split.expand_kernel.add_pre_run_hook(lambda *args, **options: seen.append(1))
+assert dispatched(call) == 2 and len(seen) == 1  # the plan of forward
+split.expand_kernel.pre_run_hooks.clear()
+assert dispatched(call) == 0
+""",
+    "settings": """
+for scope, name, value in ((knobs.runtime, "debug", True), (knobs.compilation, "instrumentation_mode", "other")):
+    before = getattr(scope, name)
+    setattr(scope, name, value)
+    try:
+        assert dispatched(call) == 5
+    except Exception as error:  # such an instrumentation there is not: Triton says so, and nobody passes it by
+        assert "other" in str(error) or "instrumentation" in str(error), error
+    setattr(scope, name, before)
+    assert dispatched(call) == 0
+""",
+    "switched off": """
+with dispatching():
+    assert dispatched(call) == 5
+    with dispatching():
+        pass
+    assert dispatched(call) == 5
+assert dispatched(call) == 0
+""",
+    "misaligned": """
+off = torch.empty(32 * 64 + 1, dtype=torch.bfloat16, device="cuda")[1:].view(32, 64).requires_grad_()
+assert all(dispatched(step(a, off)) == 5 for _ in range(4))
+assert dispatched(call) == 0
+""",
+    "another device": """
+torch._C._cuda_exchangeDevice(1)
+assert dispatched(call) == 2  # backward runs in a thread of the tensors' device
+torch._C._cuda_exchangeDevice(0)
+assert dispatched(call) == 0
+""",
+    "required backend": """
+import os
+os.environ["ADAPTER_OPS_REQUIRE"] = "triton"
+call()
+os.environ["ADAPTER_OPS_REQUIRE"] = "cpu"
+try:
+    call()
+    raise SystemExit("no error")
+except RuntimeError as error:
+    assert "ADAPTER_OPS_REQUIRE=cpu" in str(error)
+del os.environ["ADAPTER_OPS_REQUIRE"]
+assert dispatched(call) == 0
+""",
+    "parameters of other kinds": """
+good = a.up.bias
+a.up.bias = torch.nn.Parameter(torch.empty(63, dtype=torch.bfloat16, device="cuda"))
+try:
+    a(x)
+    raise SystemExit("no error")
+except ValueError as error:
+    assert "b_up has shape (63,)" in str(error)
+a.up.bias = torch.nn.Parameter(torch.empty(64, dtype=torch.float32, device="cuda"))
+try:
+    a(x)
+    raise SystemExit("no error")
+except TypeError as error:
+    assert "b_up has dtype torch.float32" in str(error)
+a.up.bias = good
+assert dispatched(call) == 0
+""",
+    "threads": """
+others = [(adapter(R=R), rows(48, requires_grad=True)) for R in (24, 40)]
+failed = []
+def work():
+    try:
+        for _ in range(50):
+            for pair in others:
+                step(*pair)()
+    except BaseException as error:
+        failed.append(error)
+threads = [threading.Thread(target=work) for _ in range(8)]
+for t in threads: t.start()
+for t in threads: t.join()
+assert not failed, failed
+assert all(dispatched(step(*pair)) == 0 for pair in others)
+""",
+    "memory": """
+import gc
+sizes = [rows(M, requires_grad=True) for M in range(1, 30)]
+ops.RUNS.clear()
+held = ops.KEPT
+ops.KEPT = 8
+for t in sizes:
+    a(t)
+assert len(ops.RUNS) <= 8
+ops.KEPT = held
+""",
+    "another version of Triton": """
+replay.KNOWN = False
+b, y = adapter(R=56), rows(requires_grad=True)
+assert all(dispatched(step(b, y)) == 5 for _ in range(4))
+""",
+    "no measured kernel": """
+import os
+from adapter_ops.kernels import plan
+assert explain(x, a.down.weight).name == "triton"
+plan.target.cache_clear(); ops.RUNS.clear()
+os.environ["ADAPTER_OPS_UNMEASURED"] = "0"
+found = explain(x, a.down.weight)
+assert found.name == "reference" and found.plan.form == "pytorch" and not found.plan.launches
+assert "NVIDIA H200" in found.reason and "ADAPTER_OPS_UNMEASURED=1" in found.reason
+assert dispatched(call) == 0
+many = rows(4096, requires_grad=True)
+assert explain(many, a.down.weight).plan.form == "fused" and dispatched(step(a, many)) == 4
+os.environ["ADAPTER_OPS_REQUIRE"] = "triton"
+try:
+    call()
+    raise SystemExit("no error")
+except RuntimeError as error:
+    assert "'reference'" in str(error) and "NVIDIA H200" in str(error)
+""",
+    "compiled, no measured kernel": """
+import os
+os.environ["ADAPTER_OPS_UNMEASURED"] = "0"
+from adapter_ops.kernels import plan
+plan.target.cache_clear()
+rig.allow_compile()
+graphs = []
+def backend(graph, inputs):
+    graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+    return graph.forward
+compiled = torch.compile(a, backend=backend, fullgraph=True)
+for M, op in ((32, False), (40, False), (8192, True), (9000, True)):
+    compiled(rows(M))
+    assert any("adapter_ops" in target for target in graphs[-1]) == op, (M, graphs[-1])
+assert len(graphs) == 3  # one for each side of the limit, after one of a fixed size
+""",
+}
+
+
+def on_rig(script):
+    if lack := build.missing():
+        pytest.skip(lack)
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "ADAPTER_OPS_REQUIRE")}
+    script += "\nsys.stdout.flush(); import os; os._exit(0)"
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_everything_that_a_recording_asks_for():
+    """One after the other in one process, whose start takes most of the time."""
+    separate = ("another version of Triton", "no measured kernel", "compiled, no measured kernel")
+    on_rig(SETUP + "\n".join(text for name, text in CHANGES.items() if name not in separate))
+
+
+@pytest.mark.parametrize("name", ["another version of Triton", "no measured kernel", "compiled, no measured kernel"])
+def test_what_a_process_decides_once(name):
+    on_rig(SETUP + CHANGES[name])
