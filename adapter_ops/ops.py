@@ -129,7 +129,7 @@ def _run(found: Backend, x: Tensor, options: Options, tuning: Tuning) -> Run:
     """The way of a call through a backend. It depends on nothing but what `describe` tells."""
     if found.name == "reference":
         return _reference(options)
-    calls = _calls(found.name, x, options, tuning)
+    calls = _calls(found, x, options, tuning)
     if torch.is_grad_enabled():
         return functools.partial(_train, calls)
     return lambda *inputs: calls.forward(inputs, False)[0]
@@ -139,8 +139,13 @@ def _train(calls, x, residual, w_down, b_down, w_up, b_up, scale):
     return _apply(x, residual, w_down, b_down, w_up, b_up, scale, calls)
 
 
-def _calls(name: str, x: Tensor, options: Options, tuning: Tuning = UNTUNED) -> CPUCalls | KernelCalls:
-    return KernelCalls(options, plan.target(x.device), tuning) if name == "triton" else CPUCalls(options)
+def _calls(found: Backend, x: Tensor, options: Options, tuning: Tuning = UNTUNED) -> CPUCalls | KernelCalls:
+    if found.name != "triton":
+        return CPUCalls(options)
+    calls = KernelCalls(options, plan.target(x.device), tuning)
+    if found.plan:
+        calls.plans[found.plan.problem] = found.plan
+    return calls
 
 
 def _reference(options: Options) -> Run:
@@ -272,7 +277,7 @@ def _op_calls(x: Tensor, residual: Tensor | None, weights: Weights, options: Opt
         require(found)
         if len(OP_CALLS) >= KEPT:
             OP_CALLS.clear()
-        known_calls = OP_CALLS[key] = _calls(found.name, x, options), found.name
+        known_calls = OP_CALLS[key] = _calls(found, x, options), found.name
     return known_calls[0]
 
 

@@ -6,7 +6,7 @@ With s = scale and h = act(z):
                      Σ dz   as one fp32 partial per program
     dx_dw kernel     dx = dz · W_down (+ dy where the residual is x)                                 [M, D]
                      dyᵀ · h   dzᵀ · x   Σ dy   as one fp32 partial per slice of M
-    reduce kernel    sums the partials in order:
+    reduce kernel    sums the partials in order (reduce.py):
                      dW_up = s · dyᵀh   db_up = s · Σ dy   dW_down = dzᵀx   db_down = Σ dz
                      dscale[d] = Σ_r W_up[d, r] · (dyᵀh)[d, r] + b_up[d] · (Σ dy)[d]
 
@@ -24,6 +24,7 @@ from .activations import find_activation
 from .configs import blocks
 from .plan import Launch, Memory, Plan, dots, stride_unit
 from .problem import Needs, Problem
+from .reduce import reduce
 
 
 class Work(NamedTuple):
@@ -58,7 +59,7 @@ def plan(p: Problem) -> Plan:
     if M and (w.up or w.b_up or w.down or (w.dx and w.r_blocks == 1)):
         launches.append(dx_dw(p, w))
     if any(n[1:]):
-        launches.append(reduce(p, w, n))
+        launches.append(reduce(p, w.slices, w.dz_rows))
 
     acc, dtype = p.acc_dtype, p.parameter_dtype
     scratch = {
@@ -343,111 +344,3 @@ def dx_dw_kernel(
             b_up = tl.max(b_up, axis=1)  # the columns are equal
         if pid_r == 0:
             tl.store(b_up_partial_ptr + pid_s * D + offs_d, b_up, mask=mask_d)
-
-
-def reduce(p: Problem, w: Work, n: Needs) -> Launch:
-    """The gradients of the parameters, from their partial sums."""
-    tiles = configs.tiles("reduce", p)
-    arguments = {
-        "up_partial_ptr": "up" if w.up else None,
-        "b_up_partial_ptr": "b_up_sum" if w.b_up else None,
-        "down_partial_ptr": "down" if w.down else None,
-        "b_down_partial_ptr": "b_down_sum" if w.b_down else None,
-        "w_up_ptr": "w_up",
-        "b_up_ptr": "b_up" if p.b_up else None,
-        "scale": p.scale,
-        "scale_ptr": "scale" if p.scale_size else None,
-        "dw_up_ptr": "dw_up" if n.w_up else None,
-        "db_up_ptr": "db_up" if n.b_up else None,
-        "dw_down_ptr": "dw_down" if n.w_down else None,
-        "db_down_ptr": "db_down" if n.b_down else None,
-        "dscale_ptr": "dscale" if n.scale else None,
-        "S": w.slices,
-        "P": w.dz_rows,
-    }
-    constants = dict(
-        D=p.D,
-        R=p.R,
-        SCALE_STRIDE=p.scale_stride,
-        ACC=dots(p)["ACC"],
-        BLOCK_D=tiles.BLOCK_D,
-        BLOCK_R=tiles.BLOCK_R,
-        BLOCK_P=256,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-        enable_fp_fusion=True,
-    )
-    return Launch(reduce_kernel, (blocks(p.D, tiles.BLOCK_D),), arguments, constants)
-
-
-@triton.jit
-def reduce_kernel(
-    up_partial_ptr,  # [S, D, R] or None
-    b_up_partial_ptr,  # [S, D] or None
-    down_partial_ptr,  # [S, D, R] or None
-    b_down_partial_ptr,  # [R, P] or None
-    w_up_ptr,  # [D, R]
-    b_up_ptr,  # [D] or None
-    scale,  # number; used where scale_ptr is None
-    scale_ptr,  # [1] (SCALE_STRIDE 0), [D] (SCALE_STRIDE 1) or None
-    dw_up_ptr,  # [D, R] or None
-    db_up_ptr,  # [D] or None
-    dw_down_ptr,  # [R, D] or None
-    db_down_ptr,  # [R] or None
-    dscale_ptr,  # [D] or None: the gradient of a scale per channel
-    S,
-    P,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    SCALE_STRIDE: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask_d = offs_d < D
-
-    b_up = tl.zeros([BLOCK_D], dtype=ACC)
-    if b_up_partial_ptr is not None:
-        for i in range(S):
-            b_up += tl.load(b_up_partial_ptr + i * D + offs_d, mask=mask_d, other=0.0)
-    if scale_ptr is not None:
-        s = tl.load(scale_ptr + offs_d * SCALE_STRIDE, mask=mask_d, other=0.0).to(ACC)  # [BLOCK_D]
-    else:
-        s = tl.zeros([BLOCK_D], dtype=ACC) + scale
-    if db_up_ptr is not None:
-        tl.store(db_up_ptr + offs_d, b_up * s, mask=mask_d)
-    dscale = b_up
-    if dscale_ptr is not None:
-        if b_up_ptr is not None:
-            dscale *= tl.load(b_up_ptr + offs_d, mask=mask_d, other=0.0).to(ACC)
-
-    for start_r in range(0, R, BLOCK_R):
-        offs_r = start_r + tl.arange(0, BLOCK_R)
-        mask_r = offs_r < R
-        offs_dr = offs_d[:, None] * R + offs_r[None, :]
-        mask_dr = mask_d[:, None] & mask_r[None, :]
-        up = tl.zeros([BLOCK_D, BLOCK_R], dtype=ACC)
-        down = tl.zeros([BLOCK_D, BLOCK_R], dtype=ACC)
-        for i in tl.range(S, loop_unroll_factor=2):  # or each round waits for its loads
-            offs_sdr = tl.cast(i, tl.int64) * D * R + offs_dr
-            if up_partial_ptr is not None:
-                up += tl.load(up_partial_ptr + offs_sdr, mask=mask_dr, other=0.0)
-            if down_partial_ptr is not None:
-                down += tl.load(down_partial_ptr + offs_sdr, mask=mask_dr, other=0.0)
-        if dw_up_ptr is not None:
-            tl.store(dw_up_ptr + offs_dr, up * s[:, None], mask=mask_dr)
-        if dw_down_ptr is not None:
-            tl.store(dw_down_ptr + offs_r[None, :] * D + offs_d[:, None], down, mask=mask_dr)
-        if dscale_ptr is not None:
-            dscale += tl.sum(up * tl.load(w_up_ptr + offs_dr, mask=mask_dr, other=0.0).to(ACC), axis=1)
-    if dscale_ptr is not None:
-        tl.store(dscale_ptr + offs_d, dscale, mask=mask_d)
-    if db_down_ptr is not None:
-        for r in range(tl.program_id(0), R, tl.num_programs(0)):
-            b_down = tl.zeros([BLOCK_P], dtype=ACC)
-            for start_p in range(0, P, BLOCK_P):
-                offs_p = start_p + tl.arange(0, BLOCK_P)
-                b_down += tl.load(b_down_partial_ptr + r * P + offs_p, mask=offs_p < P, other=0.0)
-            tl.store(db_down_ptr + r, tl.sum(b_down))

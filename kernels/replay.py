@@ -6,11 +6,13 @@ at a multiple of 16 bytes, the current device is another one, or somebody listen
 recording asks for that, and otherwise gives pointers to the function in C that launches.
 
 Each recording is a function of its own, written out as source (`Recording.source`), in which nothing is left to loop
-over or to look up.
+over. Every number in it has a name, so recordings that differ in their numbers alone share what Python makes of the
+source.
 """
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +54,11 @@ def dispatching() -> Iterator[None]:
         yield
     finally:
         Switch.off = before
+
+
+@functools.lru_cache(maxsize=1024)
+def _code(source: str) -> Any:
+    return compile(source, "<recording>", "exec")
 
 
 def is_like(memory: "Memory", tensors: dict[str, Any]) -> bool:
@@ -106,35 +113,35 @@ class Recording:
         present = [name for name, t in given.items() if t is not None]
         device = given[present[0]].device  # type: ignore[union-attr]
         lines = [f"{name}_ = {name}.data_ptr()" for name in present]
-        misaligned = f"({' | '.join(name + '_' for name in present)}) & 15"
-        lines.append(f"if {misaligned} or current_device() != {device.index} or {self._changed(plan)}:")
+        misaligned, index = f"({' | '.join(name + '_' for name in present)}) & 15", self._name(device.index)
+        lines.append(f"if {misaligned} or current_device() != {index} or {self._changed(plan)}:")
         lines.append("    return None")
         for name, memory in plan.outputs.items():
             if memory is None:
                 lines.append(f"{name} = None")
                 continue
-            made = f"empty({memory.shape}, dtype={self._name(memory.dtype)}, device={self._name(device)})"
+            made = f"empty({self._name(memory.shape)}, dtype={self._name(memory.dtype)}, device={self._name(device)})"
             lines.append(f"{name} = " + (f"empty_like({memory.like})" if is_like(memory, given) else made))
             lines.append(f"{name}_ = {name}.data_ptr()")
         if plan.bytes:  # freed at the end, in the stream's order
-            lines.append(f"scratch = empty({plan.bytes}, dtype=uint8, device={self._name(device)})")
+            lines.append(f"scratch = empty({self._name(plan.bytes)}, dtype=uint8, device={self._name(device)})")
         start = "scratch.data_ptr()" if plan.bytes else "0"
         lines.append(f"start = {start}")
-        lines += [f"{name}_ = start + {offset}" for name, offset in zip(plan.scratch, plan.offsets)]
-        lines.append(f"stream = current_stream({device.index})")
+        lines += [f"{name}_ = start + {self._name(offset)}" for name, offset in zip(plan.scratch, plan.offsets)]
+        lines.append(f"stream = current_stream({index})")
         for launch, kernel in zip(plan.launches, compiled):
             lines.append(self._launch(launch, kernel))
         lines.append(f"return {', '.join(plan.outputs)},")
         self.source = "\n    ".join([f"def play({', '.join(plan.inputs)}):", *lines])
         made_here: dict[str, Any] = {}
-        exec(compile(self.source, f"<{plan.form} {hash(plan.problem):x}>", "exec"), self.names, made_here)
+        exec(_code(self.source), self.names, made_here)
         self.play = made_here["play"]
 
     def _name(self, value: Any) -> str:
-        """A name for a value in the source; a number stands there as it is."""
-        if value is None or type(value) in (int, float, bool):
+        """A name for a value in the source."""
+        if value is None or type(value) is bool:
             return repr(value)
-        name = next((n for n, v in self.names.items() if v is value), f"c{len(self.names)}")
+        name = f"c{len(self.names)}"
         self.names[name] = value
         return name
 
@@ -144,13 +151,13 @@ class Recording:
         parts = ["switch.off"]
         self.names["switch"] = Switch
         for hook in ("launch_enter_hook", "launch_exit_hook"):
-            chain = getattr(runtime, hook)
-            parts += [f"runtime.{hook} is not {self._name(chain)}", f"{self._name(chain)}.calls"]
+            chain = self._name(getattr(runtime, hook))
+            parts += [f"runtime.{hook} is not {chain}", f"{chain}.calls"]
         parts.append(f"runtime.debug is not {self._name(runtime.debug)}")
         parts.append(f"runtime.add_stages_inspection_hook is not {self._name(runtime.add_stages_inspection_hook)}")
         parts.append(f"compilation.instrumentation_mode is not {self._name(compilation.instrumentation_mode)}")
         parts += [self._name(launch.kernel.pre_run_hooks) for launch in plan.launches]
-        return " or ".join(dict.fromkeys(parts))
+        return " or ".join(parts)
 
     def _launch(self, launch: Any, compiled: Any) -> str:
         grid = (*launch.grid, 1, 1)[:3]
@@ -163,15 +170,15 @@ class Recording:
             elif name in launch.arguments and isinstance(value, tuple):
                 from .resident import descriptor
 
-                tensor, rows, columns = value  # Boxes
-                written.append(f"{self._name(descriptor)}({tensor}, {rows}, {columns})")
+                tensor, *sides = value  # Boxes
+                written.append(f"{self._name(descriptor)}({tensor}, {', '.join(map(self._name, sides))})")
                 value = object()
             else:
                 written.append(self._name(value))
             values.append(value)
         function, between, packed = _launcher(compiled, grid, values)
         arguments = f"({', '.join(written)},)" if packed else ", ".join(written)
-        head = [*map(str, grid), "stream", self._name(compiled.function), *map(self._name, between)]
+        head = [*map(self._name, grid), "stream", self._name(compiled.function), *map(self._name, between)]
         return f"{self._name(function)}({', '.join(head)}, {arguments})"
 
 
