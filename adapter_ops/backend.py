@@ -90,8 +90,8 @@ def obstacle(x: Tensor, *others: Tensor | None) -> Backend | None:
     """
     if transformed():
         return _FUNC
-    types = _PLAIN
-    if _is_compiling():
+    types, compiling = _PLAIN, _is_compiling()
+    if compiling:
         types = _PLAIN_IN_EXPORT
     elif _tracing_state() is not None:
         return _TRACE
@@ -103,6 +103,8 @@ def obstacle(x: Tensor, *others: Tensor | None) -> Backend | None:
         if t is not None and (type(t) not in types or t.layout is not torch.strided):
             kind = type(t).__name__ if type(t) not in types else str(t.layout)
             return Backend("reference", f"an operand is a {kind}, not a plain dense tensor")
+        if t is not None and not compiling and t.is_neg():
+            return Backend("reference", "an operand has PyTorch's negative bit, so its memory holds other values")
     # Of the others only the residual can be nested, and it has the shape of x.
     if x.is_nested:
         return Backend("reference", "x is a nested tensor")
@@ -164,10 +166,14 @@ def may_run_kernels(x: Tensor, w_down: Tensor, options: Options) -> bool:
 
 
 def _limits(device: torch.device) -> list[tuple[int, int, int, int]]:
-    """What kernels take on a card: bytes of an element or 0 for any, M at least, D and R at most."""
-    target = plan.target(device)
-    if target.unmeasured:
+    """What kernels take on a card: bytes of an element or 0 for any, M at least, D and R at most.
+
+    Everything is left to the op, which asks again when it runs, where there is no card to ask, or where
+    ADAPTER_OPS_REQUIRE is set.
+    """
+    if _REQUIRE_KEY in _environment or not torch.cuda.is_available() or plan.target(device).unmeasured:
         return [(0, 0, 1 << 62, 1 << 62)]
+    target = plan.target(device)
     rows = (row for form in forward.FORMS for row in configs.measured(form, target))
     return [(row.itemsize, row.rows, row.columns, row.bottleneck) for row in rows]
 

@@ -30,7 +30,8 @@ Parameters = Sequence[Tensor | None]
 # A recording's function: the outputs, or None where there is none for these inputs.
 Play = Callable[..., Sequence[Any] | None]
 
-KEPT = 4096  # how many kinds of calls are remembered; when there are more, all are forgotten
+KEPT = 1024  # how many kinds of calls are remembered; when there are more, all are forgotten
+_KEPT_HERE = 64  # plans, and recordings of backward, of calls of one kind
 
 
 def rows(t: Tensor) -> Tensor:
@@ -93,6 +94,22 @@ def _as(y: Tensor, x: Tensor) -> Tensor:
     return y if y.shape == x.shape else y.resize_(x.shape)
 
 
+def _view(dx: Tensor, x: Tensor) -> Tensor:
+    return dx.view(x.shape)
+
+
+def _shaped(play: Play, x: int, shape: Callable[[Tensor, Tensor], Tensor]) -> Play:
+    """A recording whose first output gets the shape of the input with the number x."""
+
+    def shaped(*inputs: Any) -> Sequence[Any] | None:
+        found = play(*inputs)
+        if found is None or found[0] is None:
+            return found
+        return shape(found[0], inputs[x]), *found[1:]
+
+    return shaped
+
+
 class KernelCalls:
     """Calls of the kernels with one description; the plans that they need, and recordings of them."""
 
@@ -118,7 +135,10 @@ class KernelCalls:
     ) -> Sequence[Any]:
         """The gradients in the order of `Needs`."""
         tf32 = self.options.dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision
-        key = (*needs, residual_is_x, dy.dtype, dy.stride(), tf32)
+        # Hooks on saved tensors may return others than those that forward saved.
+        described = [w is not None and (w.dtype, w.is_contiguous()) for w in weights]
+        saved = (x.dtype, x.stride(), z.dtype, z.is_contiguous(), *described)
+        key = (*needs, residual_is_x, tf32, dy.dtype, dy.stride(), saved)
         found = self.backwards.get(key, _nothing)(dy, x, z, *weights)
         if found is None:
             found = self._first_backward(key, (dy, x, z, *weights), Needs(*needs), residual_is_x)
@@ -131,26 +151,29 @@ class KernelCalls:
         problem = forward_problem(*described, self.options, save_z, self.target, self.tuning)
         plan = self.plans.get(problem) or self._keep(problem, forward_form.plan(problem))
         y, z = plan.run(taken)
-        if plan.recording is not None and _same(taken, inputs):
-            self.forwards[save_z] = plan.recording.play
         assert y is not None
+        if plan.recording is not None and _same(taken, inputs):
+            play = plan.recording.play
+            self.forwards[save_z] = play if y.shape == x.shape else _shaped(play, 0, _as)
         return _as(y, x), z
 
     def _first_backward(self, key: Any, inputs: tuple[Any, ...], needs: Needs, residual_is_x: bool) -> list[Any]:
         dy, x, z, *weights = inputs
-        taken = (_any_rows(dy), _any_rows(x), z, *dense(weights))
-        described = rows(dy), rows(x), z, Weights(*taken[3:])
+        taken = (_any_rows(dy), _any_rows(x), z.contiguous(), *dense(weights))
+        described = rows(dy), rows(x), taken[2], Weights(*taken[3:])
         problem = backward_problem(*described, self.options, needs, residual_is_x, self.target, self.tuning)
         plan = self.plans.get(problem) or self._keep(problem, backward_form.plan(problem))
         found = plan.run(taken)
+        dx = found[0]
         if plan.recording is not None and _same(taken, inputs):
-            self.backwards[key] = plan.recording.play
-        if found[0] is not None:
-            found[0] = found[0].view(x.shape)
-        return found
+            if len(self.backwards) >= _KEPT_HERE:
+                self.backwards.clear()
+            play = plan.recording.play
+            self.backwards[key] = play if dx is None or dx.shape == x.shape else _shaped(play, 1, _view)
+        return found if dx is None else [_view(dx, x), *found[1:]]
 
     def _keep(self, problem: Problem, plan: Plan) -> Plan:
-        if len(self.plans) >= KEPT:
+        if len(self.plans) >= _KEPT_HERE:
             self.plans.clear()
         self.plans[problem] = plan
         return plan

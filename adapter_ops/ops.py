@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._decomp import register_decomposition
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
@@ -56,8 +57,8 @@ def describe(
         (b_up.__class__, b_up.shape, b_up.is_contiguous() or b_up.stride(), b_up.dtype, b_up.device),
         residual if residual is None else
         (residual.__class__, residual.shape, residual.stride(), residual.dtype, residual.device),
-        (scale.__class__, scale.shape, scale.stride(), scale.dtype, scale.device)
-        if isinstance(scale, Tensor) else scale,
+        scale if isinstance(scale, (float, int)) else
+        (scale.__class__, scale.shape, scale.stride(), scale.dtype, scale.device),
         activation,
         _grad_enabled(),
         compute_dtype(x) if _some_autocast() else None,
@@ -109,7 +110,9 @@ def adapter(
     ordinary_call = found is None
     if found is None:
         if torch.compiler.is_compiling():
-            if x.is_cuda and not backend.may_run_kernels(x, weights.w_down, options):
+            # An exported program leaves the choice to the op, which makes it where the program runs.
+            exporting = torch.compiler.is_exporting()
+            if x.is_cuda and not exporting and not backend.may_run_kernels(x, weights.w_down, options):
                 return _reference(options)(x, residual, *weights)
             return forward_op(x, residual, *weights, *options, torch.is_grad_enabled())[0]
         shaped = rows(x), None if residual is None else rows(residual)
@@ -130,13 +133,27 @@ def _run(found: Backend, x: Tensor, options: Options, tuning: Tuning) -> Run:
     if found.name == "reference":
         return _reference(options)
     calls = _calls(found, x, options, tuning)
-    if torch.is_grad_enabled():
-        return functools.partial(_train, calls)
-    return lambda *inputs: calls.forward(inputs, False)[0]
+    call = functools.partial(_train if torch.is_grad_enabled() else _infer, calls)
+
+    def run(*inputs: Any) -> Tensor:
+        try:
+            return call(inputs)
+        except RuntimeError:
+            # A tensor that has left the torch.func transform it belonged to is a wrapper without memory of its own.
+            unwrapped = unwrap_dead_wrappers(inputs)
+            if all(a is b for a, b in zip(unwrapped, inputs)):
+                raise
+            return call(unwrapped)
+
+    return run
 
 
-def _train(calls, x, residual, w_down, b_down, w_up, b_up, scale):
-    return _apply(x, residual, w_down, b_down, w_up, b_up, scale, calls)
+def _train(calls: CPUCalls | KernelCalls, inputs: tuple[Any, ...]) -> Tensor:
+    return _apply(*inputs, calls)
+
+
+def _infer(calls: CPUCalls | KernelCalls, inputs: tuple[Any, ...]) -> Tensor:
+    return calls.forward(inputs, False)[0]
 
 
 def _calls(found: Backend, x: Tensor, options: Options, tuning: Tuning = UNTUNED) -> CPUCalls | KernelCalls:

@@ -106,9 +106,8 @@ class Recording:
     play: Callable[..., tuple[Tensor | None, ...] | None]
 
     def __init__(self, plan: "Plan", compiled: list[Any], inputs: Sequence[Tensor | None]) -> None:
-        # The compiled kernels are held, because Triton 3.9 unloads one that nobody holds.
-        self.compiled = compiled
-        self.names = dict(NAMES)
+        # The function holds the compiled kernels, because Triton 3.9 unloads one that nobody holds.
+        self.names = NAMES | {"compiled": compiled}
         given = dict(zip(plan.inputs, inputs))
         present = [name for name, t in given.items() if t is not None]
         device = given[present[0]].device  # type: ignore[union-attr]
@@ -156,7 +155,7 @@ class Recording:
         parts.append(f"runtime.debug is not {self._name(runtime.debug)}")
         parts.append(f"runtime.add_stages_inspection_hook is not {self._name(runtime.add_stages_inspection_hook)}")
         parts.append(f"compilation.instrumentation_mode is not {self._name(compilation.instrumentation_mode)}")
-        parts += [self._name(launch.kernel.pre_run_hooks) for launch in plan.launches]
+        parts += [f"{self._name(launch.kernel)}.pre_run_hooks" for launch in plan.launches]
         return " or ".join(parts)
 
     def _launch(self, launch: Any, compiled: Any) -> str:

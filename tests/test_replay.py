@@ -63,7 +63,9 @@ for chain in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
 seen = []
 split.expand_kernel.add_pre_run_hook(lambda *args, **options: seen.append(1))
 assert dispatched(call) == 2 and len(seen) == 1  # the plan of forward
-split.expand_kernel.pre_run_hooks.clear()
+split.expand_kernel.pre_run_hooks = [lambda *args, **options: seen.append(2)]
+assert dispatched(call) == 2 and seen == [1, 2]
+split.expand_kernel.pre_run_hooks = []
 assert dispatched(call) == 0
 """,
     "settings": """
@@ -124,6 +126,53 @@ try:
 except TypeError as error:
     assert "b_up has dtype torch.float32" in str(error)
 a.up.bias = good
+assert dispatched(call) == 0
+""",
+    "saved tensors": """
+wide = torch.empty(32, 128, dtype=torch.bfloat16, device="cuda")[:, :64].detach().requires_grad_()
+for _ in range(4):
+    step(a, wide)()
+def strides(log):
+    return [launch.parameters[12] for launch in log if launch.kernel == "dx_dw_kernel"]
+dense = lambda t: t.contiguous()
+def hooked():
+    with torch.autograd.graph.saved_tensors_hooks(dense, lambda t: t):
+        return step(a, wide)()
+from bench.host.launches import record
+assert strides(record(step(a, wide))[0]) == [128]
+assert all(strides(record(hooked)[0]) == [64] for _ in range(4))
+""",
+    "scales": """
+for scale in (2.0, 2):
+    for _ in range(3):
+        a.scale = scale
+        call()
+a.scale = 2 + 0j
+try:
+    call()
+    raise SystemExit("no error")
+except TypeError as error:
+    assert "must be a number" in str(error)
+a.scale = 1.0
+""",
+    "wrappers that have left torch.func": """
+left = []
+torch.func.grad(lambda t: left.append(t) or t.sum())(x.detach().float())
+gone = left[0]
+b = BottleneckAdapter(64, 16, device="meta").to_empty(device="cuda")
+for t in (x.detach().float(), gone, gone, gone):
+    assert b(t).shape == (32, 64)
+""",
+    "kernels are held": """
+import gc
+calls = next(run.__closure__ for run, name in ops.RUNS.values())
+for run, name in ops.RUNS.values():
+    for cell in run.__closure__:
+        if hasattr(cell.cell_contents, "args"):
+            cell.cell_contents.args[0].plans.clear()
+for kernel in (split.shrink_kernel, split.expand_kernel):
+    kernel.device_caches.clear()
+gc.collect()
 assert dispatched(call) == 0
 """,
     "threads": """
@@ -192,6 +241,18 @@ for M, op in ((32, False), (40, False), (8192, True), (9000, True)):
     compiled(rows(M))
     assert any("adapter_ops" in target for target in graphs[-1]) == op, (M, graphs[-1])
 assert len(graphs) == 3  # one for each side of the limit, after one of a fixed size
+
+M = torch.export.Dim("M", min=2)
+program = torch.export.export(a, (rows(),), dynamic_shapes=({0: M},))
+assert any("adapter_ops.forward" in str(node.target) for node in program.graph.nodes)
+
+os.environ["ADAPTER_OPS_REQUIRE"] = "triton"
+torch.compiler.reset()
+try:
+    torch.compile(a, backend=backend, fullgraph=True)(rows())
+    raise SystemExit("no error")
+except RuntimeError as error:
+    assert "ADAPTER_OPS_REQUIRE=triton" in str(error)
 """,
 }
 

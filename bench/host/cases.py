@@ -64,6 +64,7 @@ LAYOUTS: dict[str, Callable[[Sizes, torch.dtype], Tensor]] = {
     # One element behind an address that Triton takes for aligned.
     "offset": lambda shape, dtype: torch.empty(math.prod(shape) + 1, dtype=dtype)[1:].view(shape),
     "transposed": lambda shape, dtype: torch.empty((*shape[:-2], shape[-1], shape[-2]), dtype=dtype).mT,
+    "cut": lambda shape, dtype: torch.empty((*shape[:-2], shape[-2] + 5, shape[-1]), dtype=dtype)[..., :-5, :],
     "expanded": lambda shape, dtype: torch.empty(shape[-1:], dtype=dtype).expand(shape),
 }
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -76,6 +77,12 @@ CASES = [
     Case("3-D", (4, 16)),
     Case("4-D", (2, 4, 8)),
     Case("3-D, transposed", (4, 16), x="transposed"),
+    Case("3-D, residual in fp32", (2, 8), residual="dense", residual_dtype=FP32),
+    Case("3-D, autocast to fp16", (2, 8), parameters=FP32, autocast=FP16),
+    Case("3-D, no rows, strided", (2, 0), x="strided"),
+    Case("the first token of a sequence", (1, 1), x="cut"),
+    Case("the first tokens of a sequence", (1, 4), x="cut"),
+    Case("one dimension, residual in fp32", (), residual="dense", residual_dtype=FP32),
     Case("fp16", dtype=FP16),
     Case("fp32", dtype=FP32),
     Case("fp32, 4096 rows", (4096,), dtype=FP32),
