@@ -286,9 +286,9 @@ def _op_calls(x: Tensor, residual: Tensor | None, weights: Weights, options: Opt
 
     Inside an op there is no autograd to fall back on: what would be the reference is ATen.
     """
-    *parameters, scale = weights
+    w_down, b_down, w_up, b_up, scale = weights
     given = options.scale if scale is None else scale
-    key = describe(x, residual, *parameters, given, options.activation), options
+    key = describe(x, residual, w_down, b_down, w_up, b_up, given, options.activation), options
     known_calls = OP_CALLS.get(key)
     if known_calls is None or is_refused(known_calls[1]):
         shaped = rows(x), None if residual is None else rows(residual)
