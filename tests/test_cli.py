@@ -89,7 +89,7 @@ WRONG = {
     "bench.traffic": [("--shapes 4096", "argument --shapes: shape '4096' is not of the form MxDxR")],
     "bench.tune": [
         ("--shapes 4096", "argument --shapes: shape '4096' is not of the form MxDxR"),
-        ("--kernels down,sideways", "argument --kernels: unknown kernel 'sideways'; known: fused, shrink"),
+        ("--kernels shrink,sideways", "argument --kernels: unknown kernel 'sideways'; known: fused, shrink"),
         ("--processes 0", "argument --processes: expected a whole number from 1, found '0'"),
         ("--seconds -1", "argument --seconds: expected a number above 0, found '-1'"),
         ("--out {}", "argument --out: expected a file to write, found the folder"),

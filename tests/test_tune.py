@@ -57,7 +57,7 @@ def test_writes_its_block_and_nothing_else(tmp_path):
     after = file.read_text(encoding="utf-8")
     start, end = "# tuned (9, 2): ", "# end of tuned (9, 2)\n"
     assert before.split(start)[0] == after.split(start)[0] and before.split(end)[1] == after.split(end)[1]
-    spec = importlib.util.spec_from_file_location("configs_written", file)
+    spec = importlib.util.spec_from_file_location("adapter_ops.kernels.configs_written", file)
     written = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = written  # dataclasses look their module up
     spec.loader.exec_module(written)
