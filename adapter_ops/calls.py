@@ -83,6 +83,7 @@ class CPUCalls:
         weights: Sequence[Tensor | None],
         needs: Sequence[bool],
         residual_is_x: bool,
+        hooked: bool = False,
     ) -> Sequence[Any]:
         """The gradients in the order of `Needs`."""
         dx, *rest = cpu.backward(rows(dy), rows(x), z, dense(weights), self.options, Needs(*needs), residual_is_x)
@@ -132,17 +133,19 @@ class KernelCalls:
         weights: Sequence[Tensor | None],
         needs: Sequence[bool],
         residual_is_x: bool,
+        hooked: bool = False,
     ) -> Sequence[Any]:
         """The gradients in the order of `Needs`."""
         tf32 = self.options.dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision
-        # Hooks on saved tensors may return others than those that forward saved.
-        described = [w is not None and (w.dtype, w.is_contiguous()) for w in weights]
-        saved = (x.dtype, x.stride(), z.dtype, z.is_contiguous(), *described)
-        key = (*needs, residual_is_x, tf32, dy.dtype, dy.stride(), saved)
+        up, down = weights[2], weights[0]
+        saved = x.dtype, x.stride(), z.is_contiguous(), down.is_contiguous(), up.is_contiguous()  # type: ignore[union-attr]
+        key = (*needs, residual_is_x, tf32, dy.dtype, dy.stride(), hooked, saved)
         found = self.backwards.get(key, _nothing)(dy, x, z, *weights)
         if found is None:
-            found = self._first_backward(key, (dy, x, z, *weights), Needs(*needs), residual_is_x)
-        return found if weights[-1] is None or found[-1] is None else [*found[:-1], _of_scale(found[-1], weights[-1])]
+            found = self._first_backward(key, (dy, x, z, *weights), Needs(*needs), residual_is_x, hooked)
+        if found[-1] is None:
+            return found
+        return [*found[:-1], _of_scale(found[-1], weights[-1])]
 
     def _first_forward(self, inputs: tuple[Any, ...], save_z: bool) -> Sequence[Any]:
         x, residual, *weights = inputs
@@ -157,12 +160,19 @@ class KernelCalls:
             self.forwards[save_z] = play if y.shape == x.shape else _shaped(play, 0, _as)
         return _as(y, x), z
 
-    def _first_backward(self, key: Any, inputs: tuple[Any, ...], needs: Needs, residual_is_x: bool) -> list[Any]:
+    def _first_backward(
+        self, key: Any, inputs: tuple[Any, ...], needs: Needs, residual_is_x: bool, hooked: bool
+    ) -> list[Any]:
         dy, x, z, *weights = inputs
         taken = (_any_rows(dy), _any_rows(x), z.contiguous(), *dense(weights))
         described = rows(dy), rows(x), taken[2], Weights(*taken[3:])
         problem = backward_problem(*described, self.options, needs, residual_is_x, self.target, self.tuning)
-        plan = self.plans.get(problem) or self._keep(problem, backward_form.plan(problem))
+        # What hooks bring back may differ from what a problem tells of it, so nothing is recorded of such a call.
+        plan = None if hooked else self.plans.get(problem)
+        if plan is None:
+            plan = backward_form.plan(problem)
+            if not hooked:
+                self._keep(problem, plan)
         found = plan.run(taken)
         dx = found[0]
         if plan.recording is not None and _same(taken, inputs):
@@ -179,7 +189,7 @@ class KernelCalls:
         return plan
 
 
-def _of_scale(per_channel: Any, scale: Tensor) -> Tensor:
+def _of_scale(per_channel: Any, scale: Any) -> Tensor:
     """The gradient of a scale of one value or one a channel, from one value a channel."""
     total = per_channel if scale.numel() > 1 else per_channel.sum()
     return total.to(scale.dtype).view_as(scale)

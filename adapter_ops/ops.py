@@ -5,7 +5,6 @@ backend's forward and backward; torch.compile and torch.export see two opaque op
 everywhere, differentiates the reference formula.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -28,8 +27,9 @@ from .kernels.problem import UNTUNED, Needs, Options, Tuning, Weights
 # was checked before.
 Run = Callable[..., Tensor]
 RUNS: dict[Any, tuple[Run, str]] = {}
-_grad_enabled, _float32 = torch.is_grad_enabled, torch.float32
+_grad_enabled, _float32, _strided = torch.is_grad_enabled, torch.float32, torch.strided
 _some_autocast = torch._C._is_any_autocast_enabled
+_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def describe(
@@ -57,7 +57,7 @@ def describe(
         (b_up.__class__, b_up.shape, b_up.is_contiguous() or b_up.stride(), b_up.dtype, b_up.device),
         residual if residual is None else
         (residual.__class__, residual.shape, residual.stride(), residual.dtype, residual.device),
-        scale if isinstance(scale, (float, int)) else
+        scale if scale.__class__ is float or isinstance(scale, (float, int)) else
         (scale.__class__, scale.shape, scale.stride(), scale.dtype, scale.device),
         activation,
         _grad_enabled(),
@@ -133,27 +133,32 @@ def _run(found: Backend, x: Tensor, options: Options, tuning: Tuning) -> Run:
     if found.name == "reference":
         return _reference(options)
     calls = _calls(found, x, options, tuning)
-    call = functools.partial(_train if torch.is_grad_enabled() else _infer, calls)
+    first = calls.forward
 
-    def run(*inputs: Any) -> Tensor:
+    def train(x, residual, w_down, b_down, w_up, b_up, scale):
         try:
-            return call(inputs)
-        except RuntimeError:
-            # A tensor that has left the torch.func transform it belonged to is a wrapper without memory of its own.
-            unwrapped = unwrap_dead_wrappers(inputs)
-            if all(a is b for a, b in zip(unwrapped, inputs)):
-                raise
-            return call(unwrapped)
+            return _apply(x, residual, w_down, b_down, w_up, b_up, scale, calls)
+        except RuntimeError as error:
+            return _apply(*_unwrapped(error, x, residual, w_down, b_down, w_up, b_up, scale), calls)
 
-    return run
+    def infer(*inputs):
+        try:
+            return first(inputs, False)[0]
+        except RuntimeError as error:
+            return first(_unwrapped(error, *inputs), False)[0]
 
-
-def _train(calls: CPUCalls | KernelCalls, inputs: tuple[Any, ...]) -> Tensor:
-    return _apply(*inputs, calls)
+    return train if torch.is_grad_enabled() else infer
 
 
-def _infer(calls: CPUCalls | KernelCalls, inputs: tuple[Any, ...]) -> Tensor:
-    return calls.forward(inputs, False)[0]
+def _unwrapped(error: RuntimeError, *inputs: Tensor | None) -> tuple[Any, ...]:
+    """The inputs for another try after an error, if one of them is a wrapper without memory of its own.
+
+    A tensor that has left the torch.func transform it belonged to is one. Raises the error otherwise.
+    """
+    unwrapped = unwrap_dead_wrappers(inputs)
+    if all(a is b for a, b in zip(unwrapped, inputs)):
+        raise error
+    return unwrapped
 
 
 def _calls(found: Backend, x: Tensor, options: Options, tuning: Tuning = UNTUNED) -> CPUCalls | KernelCalls:
@@ -188,17 +193,20 @@ class AdapterFunction(torch.autograd.Function):
         y, z = calls.forward((x, residual, *weights), any(ctx.needs_input_grad))
         ctx.save_for_backward(x, z, *weights)
         ctx.calls, ctx.residual_dtype = calls, None if residual is None else residual.dtype
+        # Hooks may bring back other tensors than those that are saved here.
+        ctx.hooked = _saved_tensors_hooks(False) is not None
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if _grad_enabled() or obstacle(dy) is not None:
+        plain = dy.__class__ is Tensor and dy.layout is _strided and ordinary(dy)
+        if _grad_enabled() or not (plain or obstacle(dy) is None):
             return *_gradients(ctx, ctx.calls.options, dy, reference.gradients), None
         x, z, *weights = ctx.saved_tensors
         need_x, need_residual, w_down, b_down, w_up, b_up, scale, _ = ctx.needs_input_grad
         residual_dtype = ctx.residual_dtype
         needs = (need_x, w_down, b_down, w_up, b_up, scale)
-        dx, *rest = ctx.calls.backward(dy, x, z, weights, needs, residual_dtype is None)
+        dx, *rest = ctx.calls.backward(dy, x, z, weights, needs, residual_dtype is None, ctx.hooked)
         return dx, dy.to(residual_dtype) if need_residual else None, *rest, None
 
 
