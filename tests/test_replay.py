@@ -129,6 +129,15 @@ try:
 except TypeError as error:
     assert "b_up has dtype torch.float32" in str(error)
 a.up.bias = good
+for part, name in ((a.down, "weight"), (a.up, "weight"), (a.down, "bias")):
+    kept = getattr(part, name)
+    setattr(part, name, torch.nn.Parameter(torch.empty(kept.shape, dtype=torch.float32, device="cuda")))
+    try:
+        a(x)
+        raise SystemExit("no error")
+    except TypeError as error:
+        assert "has dtype" in str(error)
+    setattr(part, name, kept)
 assert dispatched(call) == 0
 """,
     "saved tensors": """
@@ -177,6 +186,19 @@ for kernel in (split.shrink_kernel, split.expand_kernel):
     kernel.device_caches.clear()
 gc.collect()
 assert dispatched(call) == 0
+""",
+    "tf32 between forward and backward": """
+from bench.host.launches import record
+b = BottleneckAdapter(64, 16, device="meta").to_empty(device="cuda")
+wide = torch.empty(32, 64, device="cuda", requires_grad=True)
+y = b(wide)
+def kernels(precision):
+    torch.backends.cuda.matmul.fp32_precision = precision
+    back = lambda: torch.autograd.grad(y, [wide, *b.parameters()], torch.empty_like(y), retain_graph=True)
+    return [[launch.number for launch in record(back)[0]][:2] for _ in range(4)]
+exact, rounded, again = kernels("ieee"), kernels("tf32"), kernels("ieee")
+assert all(found == exact[0] for found in exact + again) and all(found == rounded[0] for found in rounded)
+assert exact[0] != rounded[0]
 """,
     "threads": """
 others = [(adapter(R=R), rows(48, requires_grad=True)) for R in (24, 40)]
