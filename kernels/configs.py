@@ -145,7 +145,7 @@ RAGGED: dict[int, dict[str, Config]] = {
         "dz": Config(64, 32, 8, 2, BLOCK_R=64),
         "dx_dw": Config(32, 64, 8, 2, BLOCK_R=64),
         "shrink": Config(64, 64, 8, 2, BLOCK_R=64),
-        "expand": Config(64, 32, 4, 2, BLOCK_R=64),
+        "expand": Config(64, 32, 8, 2, BLOCK_R=64),
     },
     4: {
         "fused": Config(64, 32, 8, 2),
