@@ -3,14 +3,17 @@
 import pytest
 from hub_helpers import bert, randomise
 
-from adapter_ops import ops
+from adapter_ops import backend, ops
 from adapter_ops.inject import add_adapter
 from adapter_ops.integrations.adapterhub import save_adapterhub
 
 
 @pytest.fixture(autouse=True)
 def no_small_calls(monkeypatch):
-    monkeypatch.setattr(ops, "SMALL", 0)  # else small calls would take plain PyTorch
+    """Small calls would take plain PyTorch, and what was kept of them too."""
+    monkeypatch.setattr(backend, "SMALL", 0)
+    monkeypatch.setattr(backend, "SMALL_INFERENCE", 0)
+    ops.RUNS.clear()
 
 
 @pytest.fixture
