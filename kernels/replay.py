@@ -24,8 +24,8 @@ from triton import knobs
 if TYPE_CHECKING:
     from .plan import Memory, Plan
 
-# From the first version of Triton that was tried to the last, between which `CompiledKernel.run` has one signature. With
-# any other version each launch goes through the dispatcher.
+# From the first version of Triton that was tried to the last; `CompiledKernel.run` has one signature in all of them.
+# With any other version each launch goes through the dispatcher.
 VERSIONS = (3, 6), (3, 9)
 KNOWN = VERSIONS[0] <= tuple(map(int, triton.__version__.split(".")[:2])) <= VERSIONS[1]
 
