@@ -191,6 +191,8 @@ run = finetune(model, tokenizer, texts.train, learning_rate=1e-2, epochs=2, batc
 outputs = predict(model, tokenizer, texts.test, batch_size=2)
 if place()[0] == 0:
     print("RESULT", json.dumps([run.losses, run.scores, outputs.tolist()]))
+if distributed.is_initialized():
+    distributed.destroy_process_group()  # gloo's threads, left running, can abort the process as it ends
 """
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

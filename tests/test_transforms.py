@@ -299,6 +299,23 @@ def test_a_compiled_call_is_not_decomposed(path, monkeypatch):
         torch.testing.assert_close(compiled(x), adapter(x))
 
 
+def test_compiles_where_the_environment_says_ci(monkeypatch):
+    """Inductor refuses there what has a decomposition and no lowering."""
+    from torch._inductor import lowering
+
+    op = torch.ops.adapter_ops.forward.default
+    monkeypatch.setenv("CI", "true")
+    monkeypatch.setattr(lowering, "FALLBACK_ALLOW_LIST", lowering.FALLBACK_ALLOW_LIST.copy())
+    monkeypatch.setattr("torch._inductor.graph.FALLBACK_ALLOW_LIST", lowering.FALLBACK_ALLOW_LIST)
+    lowering.lowerings.pop(op, None)
+    torch.compiler.reset()
+    adapter = BottleneckAdapter(20, 6, init_std=0.2)
+    x = torch.randn(7, 20)
+    with torch._inductor.utils.fresh_inductor_cache():
+        torch.testing.assert_close(torch.compile(adapter, fullgraph=True)(x), adapter(x))
+    assert op in lowering.lowerings
+
+
 # Tensors that are more than a dense array
 
 
