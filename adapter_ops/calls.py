@@ -25,13 +25,13 @@ from .kernels.problem import (
     backward_problem,
     forward_problem,
 )
+from .kinds import Kinds, present
 
 Parameters = Sequence[Tensor | None]
 # A recording's function: the outputs, or None where there is none for these inputs.
 Play = Callable[..., Sequence[Any] | None]
 
-KEPT = 1024  # how many kinds of calls are remembered; when there are more, all are forgotten
-_KEPT_HERE = 64  # plans, and recordings of backward, of calls of one kind
+_KEPT_HERE = 64  # plans of calls of one kind
 
 
 def rows(t: Tensor) -> Tensor:
@@ -117,9 +117,10 @@ class KernelCalls:
     def __init__(self, options: Options, target: Target, tuning: Tuning = UNTUNED) -> None:
         self.options, self.target, self.tuning = options, target, tuning
         self.plans: dict[Problem, Plan] = {}
-        # What was recorded of forward without z and with z, and of backward by all that its plan depends on besides.
+        # What was recorded of forward without z and with z, and of backward, whose tensors may have been given other
+        # memory since the forward.
         self.forwards: list[Play] = [_nothing, _nothing]
-        self.backwards: dict[Any, Play] = {}
+        self.backwards: Kinds[Play] = Kinds()
 
     def forward(self, inputs: tuple[Any, ...], save_z: bool) -> Sequence[Any]:
         """y and z of x, residual and the five weights."""
@@ -137,12 +138,12 @@ class KernelCalls:
     ) -> Sequence[Any]:
         """The gradients in the order of `Needs`."""
         tf32 = self.options.dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision
-        up, down = weights[2], weights[0]
-        saved = x.dtype, x.stride(), z.is_contiguous(), down.is_contiguous(), up.is_contiguous()  # type: ignore[union-attr]
-        key = (*needs, residual_is_x, tf32, dy.dtype, dy.stride(), hooked, saved)
-        found = self.backwards.get(key, _nothing)(dy, x, z, *weights)
+        inputs = dy, x, z, *weights
+        settings = *needs, residual_is_x, tf32, hooked, *[t is None for t in weights]
+        play = self.backwards.find(settings, present(inputs))
+        found = play(*inputs) if play else None
         if found is None:
-            found = self._first_backward(key, (dy, x, z, *weights), Needs(*needs), residual_is_x, hooked)
+            found = self._first_backward(settings, inputs, Needs(*needs), residual_is_x, hooked)
         if found[-1] is None:
             return found
         return [*found[:-1], _of_scale(found[-1], weights[-1])]
@@ -161,7 +162,7 @@ class KernelCalls:
         return _as(y, x), z
 
     def _first_backward(
-        self, key: Any, inputs: tuple[Any, ...], needs: Needs, residual_is_x: bool, hooked: bool
+        self, settings: Any, inputs: tuple[Any, ...], needs: Needs, residual_is_x: bool, hooked: bool
     ) -> list[Any]:
         dy, x, z, *weights = inputs
         taken = (_any_rows(dy), _any_rows(x), z.contiguous(), *dense(weights))
@@ -176,10 +177,9 @@ class KernelCalls:
         found = plan.run(taken)
         dx = found[0]
         if plan.recording is not None and _same(taken, inputs):
-            if len(self.backwards) >= _KEPT_HERE:
-                self.backwards.clear()
             play = plan.recording.play
-            self.backwards[key] = play if dx is None or dx.shape == x.shape else _shaped(play, 1, _view)
+            shaped = play if dx is None or dx.shape == x.shape else _shaped(play, 1, _view)
+            self.backwards.keep(settings, present(inputs), shaped)
         return found if dx is None else [_view(dx, x), *found[1:]]
 
     def _keep(self, problem: Problem, plan: Plan) -> Plan:

@@ -19,52 +19,18 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import backend, reference
 from .backend import Backend, compute_dtype, is_batch, is_refused, obstacle, ordinary, require, transformed
-from .calls import KEPT, CPUCalls, KernelCalls, rows
+from .calls import CPUCalls, KernelCalls, rows
 from .kernels import plan
 from .kernels.activations import find_activation
 from .kernels.problem import UNTUNED, Needs, Options, Tuning, Weights
+from .kinds import Kinds, present, settings_of
 
-# A call of x, residual and the five weights, without any check, and the name of its backend, for each kind of call that
-# was checked before.
+# A call of x, residual and the five weights, without any check, and the name of its backend.
 Run = Callable[..., Tensor]
-RUNS: dict[Any, tuple[Run, str]] = {}
-_grad_enabled, _float32, _strided = torch.is_grad_enabled, torch.float32, torch.strided
-_some_autocast = torch._C._is_any_autocast_enabled
+RUNS: Kinds[tuple[Run, str]] = Kinds()  # of eager calls
+OP_CALLS: Kinds[tuple[CPUCalls | KernelCalls, str]] = Kinds()  # of the ops that torch.compile and torch.export see
+_grad_enabled, _strided = torch.is_grad_enabled, torch.strided
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
-
-
-def describe(
-    x: Tensor,
-    residual: Tensor | None,
-    w_down: Tensor,
-    b_down: Tensor | None,
-    w_up: Tensor,
-    b_up: Tensor | None,
-    scale: Any,
-    activation: str,
-) -> Any:
-    """A key for all that decides whether an eager call is right and how it runs, but for what `ordinary` asks.
-
-    Raises AttributeError or RuntimeError for what is no dense tensor. It is written out, because it is called by each
-    call of an adapter.
-    """
-    return (
-        x.__class__, x.shape, x.stride(), x.dtype, x.device,
-        w_down.__class__, w_down.shape, w_down.is_contiguous() or w_down.stride(), w_down.dtype, w_down.device,
-        w_up.__class__, w_up.shape, w_up.is_contiguous() or w_up.stride(), w_up.dtype, w_up.device,
-        b_down if b_down is None else
-        (b_down.__class__, b_down.shape, b_down.is_contiguous() or b_down.stride(), b_down.dtype, b_down.device),
-        b_up if b_up is None else
-        (b_up.__class__, b_up.shape, b_up.is_contiguous() or b_up.stride(), b_up.dtype, b_up.device),
-        residual if residual is None else
-        (residual.__class__, residual.shape, residual.stride(), residual.dtype, residual.device),
-        scale if scale.__class__ is float or isinstance(scale, (float, int)) else
-        (scale.__class__, scale.shape, scale.stride(), scale.dtype, scale.device),
-        activation,
-        _grad_enabled(),
-        compute_dtype(x) if _some_autocast() else None,
-        x.is_cuda and (x.dtype is _float32 or _some_autocast()) and torch.backends.cuda.matmul.fp32_precision,
-    )  # fmt: skip
 
 
 def known(
@@ -78,15 +44,22 @@ def known(
     activation: str,
 ) -> Tensor | None:
     """The adapter, if a call like this one was checked before; else None, and nothing is done."""
+    if residual is x:
+        residual = None
     try:
         if not ordinary(x):
             return None
-        found = RUNS.get(describe(x, residual, w_down, b_down, w_up, b_up, scale, activation))
+        factor = None if scale.__class__ is float else as_tensor(scale)
+        settings = settings_of(x, residual, b_down, b_up, scale, activation)
+        tensors: tuple[Any, ...] = x, w_down, b_down, w_up, b_up
+        if residual is not None or factor is not None or b_down is None or b_up is None:
+            tensors = present((x, residual, w_down, b_down, w_up, b_up, factor))
+        found = RUNS.find(settings, tensors)
     except (AttributeError, RuntimeError, TypeError):  # the checks find what is wrong
         return None
     if found is None or is_refused(found[1]):
         return None
-    return found[0](x, residual, w_down, b_down, w_up, b_up, None if scale.__class__ is float else as_tensor(scale))
+    return found[0](x, residual, w_down, b_down, w_up, b_up, factor)
 
 
 def as_tensor(scale: Any) -> Tensor | None:
@@ -107,6 +80,8 @@ def adapter(
     The way that an ordinary call takes is kept for others like it. `tuning` is what a test or a benchmark asks for.
     """
     options = Options(activation, scale, compute_dtype(x))
+    if residual is x:
+        residual = None
     found = obstacle(x, residual, *weights)
     ordinary_call = found is None
     if found is None:
@@ -121,16 +96,14 @@ def adapter(
     require(found)
     run = _run(found, x, options, tuning)
     if ordinary_call and tuning is UNTUNED:
-        if len(RUNS) >= KEPT:
-            RUNS.clear()
-        w_down, b_down, w_up, b_up, scale_tensor = weights
-        given = scale if scale_tensor is None else scale_tensor
-        RUNS[describe(x, residual, w_down, b_down, w_up, b_up, given, activation)] = run, found.name
+        given = scale if weights.scale is None else weights.scale
+        settings = settings_of(x, residual, weights.b_down, weights.b_up, given, activation)
+        RUNS.keep(settings, present((x, residual, *weights)), (run, found.name))
     return run(x, residual, *weights)
 
 
 def _run(found: Backend, x: Tensor, options: Options, tuning: Tuning) -> Run:
-    """The way of a call through a backend. It depends on nothing but what `describe` tells."""
+    """The way of a call through a backend. It is the same for all calls of a kind (kinds.py)."""
     if found.name == "reference":
         return _reference(options)
     calls = _calls(found, x, options, tuning)
@@ -293,25 +266,21 @@ def _(dy, x, z, w_down, b_down, w_up, b_up, scale_tensor, activation, scale, dty
     return [t.new_empty(t.shape) for t, need in zip(inputs, needs) if need]
 
 
-OP_CALLS: dict[Any, tuple[CPUCalls | KernelCalls, str]] = {}
-
-
 def _op_calls(x: Tensor, residual: Tensor | None, weights: Weights, options: Options) -> CPUCalls | KernelCalls:
     """The calls of an op. The backend is chosen when the op runs, not when it is traced.
 
     Inside an op there is no autograd to fall back on: what would be the reference is ATen.
     """
-    w_down, b_down, w_up, b_up, scale = weights
-    given = options.scale if scale is None else scale
-    key = describe(x, residual, w_down, b_down, w_up, b_up, given, options.activation), options
-    known_calls = OP_CALLS.get(key)
+    given = options.scale if weights.scale is None else weights.scale
+    settings = settings_of(x, residual, weights.b_down, weights.b_up, given, options.activation), options
+    tensors = present((x, residual, *weights))
+    known_calls = OP_CALLS.find(settings, tensors)
     if known_calls is None or is_refused(known_calls[1]):
         shaped = rows(x), None if residual is None else rows(residual)
         found = backend.choose(*shaped, weights, options)
         require(found)
-        if len(OP_CALLS) >= KEPT:
-            OP_CALLS.clear()
-        known_calls = OP_CALLS[key] = _calls(found, x, options), found.name
+        known_calls = _calls(found, x, options), found.name
+        OP_CALLS.keep(settings, tensors, known_calls)
     return known_calls[0]
 
 

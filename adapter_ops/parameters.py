@@ -49,6 +49,7 @@ class Task(nn.Module):
         labels: Labels | None,
     ) -> None:
         super().__init__()
+        self._trained = False  # whether `requires_grad_(True)` was called since it was frozen
         self.config = config
         self.heads = heads  # paths of the modules, such as a classifier, that the task has its own of
         self.norms = norms  # paths of the base's normalisations that it has copies of
@@ -69,9 +70,21 @@ class Task(nn.Module):
         self.copies.add_module(key_of(path), module)
         self._holders = [module._parameters for module in self.modules() if module._parameters]
 
+    def requires_grad_(self, requires_grad: bool = True) -> "Task":
+        self._trained = requires_grad
+        return super().requires_grad_(requires_grad)
+
     def freeze(self) -> None:
-        """What `requires_grad_(False)` does, without a walk over the modules: with hundreds of tasks in a model that
-        would be most of what it takes to load one more."""
+        """What `requires_grad_(False)` does, without a walk over the modules.
+
+        With hundreds of tasks in a model, asking every parameter would be most of what it takes to load one more. So a
+        task that was not trained is asked for its first and its last parameter alone, which tell whether all were made
+        trainable (`model.requires_grad_(True)`).
+        """
+        ends = [next(iter(self._holders[i].values())) for i in (0, -1)] if self._holders else []
+        if not self._trained and not any(p is not None and p.requires_grad for p in ends):
+            return
+        self._trained = False
         for parameters in self._holders:
             for parameter in parameters.values():
                 if parameter is not None and parameter.requires_grad:

@@ -33,9 +33,7 @@ KNOWN = VERSIONS[0] <= tuple(map(int, triton.__version__.split(".")[:2])) <= VER
 NAMES: dict[str, Any] = {
     "current_device": getattr(torch._C, "_cuda_getDevice", None),
     "current_stream": getattr(torch._C, "_cuda_getCurrentRawStream", None),
-    "empty": torch.empty,
     "empty_like": torch.empty_like,
-    "uint8": torch.uint8,
     "runtime": knobs.runtime,
     "compilation": knobs.compilation,
 }
@@ -120,11 +118,12 @@ class Recording:
             if memory is None:
                 lines.append(f"{name} = None")
                 continue
-            made = f"empty({self._name(memory.shape)}, dtype={self._name(memory.dtype)}, device={self._name(device)})"
-            lines.append(f"{name} = " + (f"empty_like({memory.like})" if is_like(memory, given) else made))
+            lines.append(f"{name} = {self._made(memory, given)}")
             lines.append(f"{name}_ = {name}.data_ptr()")
         if plan.bytes:  # freed at the end, in the stream's order
-            lines.append(f"scratch = empty({self._name(plan.bytes)}, dtype=uint8, device={self._name(device)})")
+            first = present[0]
+            elements = -(-plan.bytes // given[first].element_size())  # type: ignore[union-attr]
+            lines.append(f"scratch = {first}.new_empty({self._name(elements)})")
         start = "scratch.data_ptr()" if plan.bytes else "0"
         lines.append(f"start = {start}")
         lines += [f"{name}_ = start + {self._name(offset)}" for name, offset in zip(plan.scratch, plan.offsets)]
@@ -136,6 +135,17 @@ class Recording:
         made_here: dict[str, Any] = {}
         exec(_code(self.source), self.names, made_here)
         self.play = made_here["play"]
+
+    def _made(self, memory: "Memory", given: dict[str, Any]) -> str:
+        """An expression for an uninitialised output, of those that are right the one that takes the least time."""
+        if is_like(memory, given):
+            return f"empty_like({memory.like})"
+        shape = [self._name(size) for size in memory.shape]
+        for name, t in given.items():
+            if t is not None and t.dtype == memory.dtype:
+                return f"{name}.new_empty({', '.join(shape)})"
+        first = next(name for name, t in given.items() if t is not None)
+        return f"{first}.new_empty(({', '.join(shape)},), dtype={self._name(memory.dtype)})"
 
     def _name(self, value: Any) -> str:
         """A name for a value in the source."""

@@ -107,6 +107,25 @@ def test_each_task_has_its_own_norms_and_head():
     assert torch.equal(logits(model), outputs["b"])
 
 
+@pytest.mark.parametrize("unfreeze", ["all", "another", "the middle of one that was trained"])
+def test_only_the_parameters_of_the_task_in_training_train(unfreeze):
+    model = bert()
+    for name in "abc":
+        add_adapter(model, name, STRONG)
+    own = dict(model.adapter_ops.task("c").named_parameters())
+    if unfreeze == "all":
+        model.requires_grad_(True)
+    elif unfreeze == "another":
+        model.adapter_ops.task("b").requires_grad_(True)
+    else:
+        train_adapter(model, "b")
+        trained = [m for m in model.adapter_ops.task("b").modules() if m._parameters]
+        for module in (trained[0], trained[-1]):
+            module.requires_grad_(False)
+    train_adapter(model, "c")
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in own.values()}
+
+
 def test_skip_layers():
     model = bert()
     before = logits(model)
