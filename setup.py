@@ -17,7 +17,7 @@ setup(
     # adapter_ops/kernels is a link to kernels/, which has no __init__.py: a top-level package of that name would
     # shadow the one that transformers imports.
     packages=find_namespace_packages(include=["adapter_ops", "adapter_ops.*"]),
-    package_data={"adapter_ops": ["py.typed"]},
+    package_data={"adapter_ops": ["py.typed"], "adapter_ops.kernels": ["*.c"]},
     install_requires=["torch>=2.11", "triton>=3.6", "numpy", "safetensors"],
     extras_require={
         "demo": demo,

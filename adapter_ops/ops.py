@@ -91,6 +91,9 @@ def adapter(
             if x.is_cuda and not exporting and not backend.may_run_kernels(x, weights.w_down, options):
                 return _reference(options)(x, residual, *weights)
             return forward_op(x, residual, *weights, *options, torch.is_grad_enabled())[0]
+        # A tensor that has left the torch.func transform it belonged to is a wrapper without memory of its own.
+        x, residual, *parameters = unwrap_dead_wrappers((x, residual, *weights))
+        weights = Weights(*parameters)
         shaped = rows(x), None if residual is None else rows(residual)
         found = backend.choose(*shaped, weights, options, tuning)
     require(found)
@@ -110,29 +113,12 @@ def _run(found: Backend, x: Tensor, options: Options, tuning: Tuning) -> Run:
     first = calls.forward
 
     def train(x, residual, w_down, b_down, w_up, b_up, scale):
-        try:
-            return _apply(x, residual, w_down, b_down, w_up, b_up, scale, calls)
-        except RuntimeError as error:
-            return _apply(*_unwrapped(error, x, residual, w_down, b_down, w_up, b_up, scale), calls)
+        return _apply(x, residual, w_down, b_down, w_up, b_up, scale, calls)
 
     def infer(*inputs):
-        try:
-            return first(inputs, False)[0]
-        except RuntimeError as error:
-            return first(_unwrapped(error, *inputs), False)[0]
+        return first(inputs, False)[0]
 
     return train if torch.is_grad_enabled() else infer
-
-
-def _unwrapped(error: RuntimeError, *inputs: Tensor | None) -> tuple[Any, ...]:
-    """The inputs for another try after an error, if one of them is a wrapper without memory of its own.
-
-    A tensor that has left the torch.func transform it belonged to is one. Raises the error otherwise.
-    """
-    unwrapped = unwrap_dead_wrappers(inputs)
-    if all(a is b for a, b in zip(unwrapped, inputs)):
-        raise error
-    return unwrapped
 
 
 def _calls(found: Backend, x: Tensor, options: Options, tuning: Tuning = UNTUNED) -> CPUCalls | KernelCalls:

@@ -3,7 +3,7 @@
 Triton's dispatcher looks at every argument of every launch to find the compiled kernel, which takes 10 µs and more. The
 kernel follows from the plan, unless something has changed that the dispatcher would see: an input starts elsewhere than
 at a multiple of 16 bytes, the current device is another one, or somebody listens to launches or instruments them. A
-recording asks for that, and otherwise gives pointers to the function in C that launches.
+recording asks for that, and otherwise gives addresses to a function in C that launches: ours (launcher.py), or Triton's.
 
 Each recording is a function of its own, written out as source (`Recording.source`), in which nothing is left to loop
 over. Every number in it has a name, so recordings that differ in their numbers alone share what Python makes of the
@@ -20,6 +20,8 @@ import torch
 import triton
 from torch import Tensor
 from triton import knobs
+
+from . import launcher
 
 if TYPE_CHECKING:
     from .plan import Memory, Plan
@@ -40,9 +42,10 @@ NAMES: dict[str, Any] = {
 
 
 class Switch:
-    """Whether launches may be replayed."""
+    """How launches are made."""
 
-    off = False
+    off = False  # through Triton's dispatcher
+    python = False  # recordings made from now on call Triton's launcher, as they do where launch.c cannot be compiled
 
 
 @contextlib.contextmanager
@@ -109,27 +112,35 @@ class Recording:
         self.names = NAMES | {"compiled": compiled}
         given = dict(zip(plan.inputs, inputs))
         present = [name for name, t in given.items() if t is not None]
-        device = given[present[0]].device  # type: ignore[union-attr]
-        lines = [f"{name}_ = {name}.data_ptr()" for name in present]
-        misaligned, index = f"({' | '.join(name + '_' for name in present)}) & 15", self._name(device.index)
-        lines.append(f"if {misaligned} or current_device() != {index} or {self._changed(plan)}:")
-        lines.append("    return None")
-        for name, memory in plan.outputs.items():
-            if memory is None:
-                lines.append(f"{name} = None")
-                continue
-            lines.append(f"{name} = {self._made(memory, given)}")
-            lines.append(f"{name}_ = {name}.data_ptr()")
+        index = self._name(given[present[0]].device.index)  # type: ignore[union-attr]
+        made = [
+            f"{name} = {'None' if memory is None else self._made(memory, given)}"
+            for name, memory in plan.outputs.items()
+        ]
         if plan.bytes:  # freed at the end, in the stream's order
-            first = present[0]
-            elements = -(-plan.bytes // given[first].element_size())  # type: ignore[union-attr]
-            lines.append(f"scratch = {first}.new_empty({self._name(elements)})")
-        start = "scratch.data_ptr()" if plan.bytes else "0"
-        lines.append(f"start = {start}")
-        lines += [f"{name}_ = start + {self._name(offset)}" for name, offset in zip(plan.scratch, plan.offsets)]
-        lines.append(f"stream = current_stream({index})")
-        for launch, kernel in zip(plan.launches, compiled):
-            lines.append(self._launch(launch, kernel))
+            elements = -(-plan.bytes // given[present[0]].element_size())  # type: ignore[union-attr]
+            made.append(f"scratch = {present[0]}.new_empty({self._name(elements)})")
+        outputs = [name for name, memory in plan.outputs.items() if memory is not None]
+        tensors = [*present, *outputs, *(["scratch"] if plan.bytes else [])]
+        changed = f"current_device() != {index} or {self._changed(plan)}"
+        prepared = None if Switch.python else launcher.prepare(plan, compiled, tensors, len(present))
+        if prepared is not None:
+            launch, launches = map(self._name, prepared)
+            lines = [
+                f"if {changed}:",
+                "    return None",
+                *made,
+                f"if not {launch}({launches}, current_stream({index}), {', '.join(tensors)}):",
+                "    return None",
+            ]
+        else:
+            lines = [f"{name}_ = {name}.data_ptr()" for name in present]
+            lines += [f"if ({' | '.join(name + '_' for name in present)}) & 15 or {changed}:", "    return None", *made]
+            lines += [f"{name}_ = {name}.data_ptr()" for name in tensors[len(present) :]]
+            start = "scratch_" if plan.bytes else "0"
+            lines += [f"{name}_ = {start} + {self._name(offset)}" for name, offset in zip(plan.scratch, plan.offsets)]
+            lines.append(f"stream = current_stream({index})")
+            lines += [self._launch(launch, kernel) for launch, kernel in zip(plan.launches, compiled)]
         lines.append(f"return {', '.join(plan.outputs)},")
         self.source = "\n    ".join([f"def play({', '.join(plan.inputs)}):", *lines])
         made_here: dict[str, Any] = {}

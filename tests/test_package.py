@@ -87,7 +87,7 @@ def test_wheel(built, tmp_path):
         names = wheel.namelist()
         wheel.extractall(tmp_path / "site")
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"adapter_ops"}
-    assert {"adapter_ops/py.typed", "adapter_ops/kernels/backward.py"} <= set(names)
+    assert {"adapter_ops/py.typed", "adapter_ops/kernels/backward.py", "adapter_ops/kernels/launch.c"} <= set(names)
     check(tmp_path / "site")
 
 

@@ -95,6 +95,58 @@ off = torch.empty(32 * 64 + 1, dtype=torch.bfloat16, device="cuda")[1:].view(32,
 assert all(dispatched(step(a, off)) == 5 for _ in range(4))
 assert dispatched(call) == 0
 """,
+    "launch.c": """
+from adapter_ops.kernels import launcher
+module = launcher._module()
+kernels, played = [], []
+for run, _ in ops.RUNS.values():
+    for cell in run.__closure__:
+        for plan in getattr(getattr(cell.cell_contents, "__self__", cell.cell_contents), "plans", {}).values():
+            if plan.recording:
+                played.append(plan.recording.names)
+                kernels += plan.recording.names["compiled"]
+assert played and all(module.launch in names.values() for names in played)
+reduce = next(k for k in kernels if k.name == "reduce_kernel")
+
+def refuses(error, text, function, *arguments):
+    try:
+        function(*arguments)
+    except error as found:
+        assert text in str(found), found
+    else:
+        raise SystemExit(f"no {error.__name__}: {text}")
+
+def prepare(*parameters, tensors=1):
+    return module.prepare(torch.Tensor.data_ptr, 1, tensors, ((reduce.function, 1, 1, 1, 128, 0, parameters),))
+
+pointer, number = (0, 8, 0), (-1, 4, 1)
+for parameters in ((pointer,) * 3, ()):
+    refuses(ValueError, f"more parameters than the {len(parameters)} given", prepare, *parameters)
+refuses(ValueError, "parameter 1 of a kernel", prepare, pointer, number)
+refuses(ValueError, "parameter 0 of a kernel", prepare, (1, 8, 0))
+refuses(ValueError, "49 parameters", prepare, *[pointer] * 49)
+refuses(ValueError, "33 tensors", lambda: prepare(tensors=33))
+nothing = module.prepare(torch.Tensor.data_ptr, 1, 2, ())
+refuses(TypeError, "a stream and their tensors", module.launch, nothing, 0, x)
+refuses(TypeError, "data_ptr", module.launch, nothing, 0, x, 1)
+assert module.launch(nothing, 0, x, None) is True and module.launch(nothing, 0, x.flatten()[1:], None) is False
+""",
+    "triton's launcher": """
+from bench.host.cases import CASES, check, hollow
+launches = replay.Switch
+launches.python = True
+hollow()
+ops.RUNS.clear()
+for case in CASES[::6]:
+    wrong = check(case)[1]
+    assert not wrong, (case.name, wrong)
+launches.python = False
+ops.RUNS.clear()
+a, x = adapter(), rows(requires_grad=True)
+call = step(a, x)
+for _ in range(3):
+    call()
+""",
     "another device": """
 torch._C._cuda_exchangeDevice(1)
 assert dispatched(call) == 2  # backward runs in a thread of the tensors' device

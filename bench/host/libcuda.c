@@ -128,6 +128,13 @@ CUresult cuModuleGetFunction(CUfunction *f, CUmodule m, const char *name) {
   *f = (CUfunction)found;
   return read_parameters(found) ? 0 : CUDA_ERROR_INVALID_IMAGE;
 }
+CUresult cuFuncGetParamInfo(CUfunction function, size_t i, size_t *offset, size_t *size) {
+  const Function *f = (const Function *)function;
+  if (i >= (size_t)f->count) return CUDA_ERROR_INVALID_VALUE;
+  *offset = 0, *size = f->sizes[i];
+  for (size_t j = 0; j < i; j++) *offset += f->sizes[j];
+  return 0;
+}
 CUresult cuFuncGetAttribute(int *v, CUfunction_attribute a, CUfunction f) {
   *v = a == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : a == CU_FUNC_ATTRIBUTE_NUM_REGS ? 128 : 0;
   return 0;
