@@ -1,7 +1,8 @@
-"""A plan's launches as one call into C (launch.c), which takes a third of the time of Triton's launcher.
+"""A plan's launches as one call into C (launch.c), which takes less time than Triton's launcher.
 
-The C is compiled at the first recording of the process by what compiles Triton's own, which keeps it in its cache. Where
-it cannot be, and for kernels that take more than addresses and numbers, a recording calls Triton's launcher.
+The C is compiled at the first recording of a process by the function that compiles Triton's own launcher, and kept in
+Triton's cache. Where that fails, and for kernels that take more than addresses and numbers, a recording calls Triton's
+launcher.
 """
 
 import functools

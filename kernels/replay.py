@@ -3,7 +3,8 @@
 Triton's dispatcher looks at every argument of every launch to find the compiled kernel, which takes 10 µs and more. The
 kernel follows from the plan, unless something has changed that the dispatcher would see: an input starts elsewhere than
 at a multiple of 16 bytes, the current device is another one, or somebody listens to launches or instruments them. A
-recording asks for that, and otherwise gives addresses to a function in C that launches: ours (launcher.py), or Triton's.
+recording asks for that, and otherwise gives the addresses of the tensors to a function in C that launches: ours
+(launcher.py), or else Triton's.
 
 Each recording is a function of its own, written out as source (`Recording.source`), in which nothing is left to loop
 over. Every number in it has a name, so recordings that differ in their numbers alone share what Python makes of the
@@ -113,10 +114,7 @@ class Recording:
         given = dict(zip(plan.inputs, inputs))
         present = [name for name, t in given.items() if t is not None]
         index = self._name(given[present[0]].device.index)  # type: ignore[union-attr]
-        made = [
-            f"{name} = {'None' if memory is None else self._made(memory, given)}"
-            for name, memory in plan.outputs.items()
-        ]
+        made = [f"{name} = {memory and self._made(memory, given)}" for name, memory in plan.outputs.items()]
         if plan.bytes:  # freed at the end, in the stream's order
             elements = -(-plan.bytes // given[present[0]].element_size())  # type: ignore[union-attr]
             made.append(f"scratch = {present[0]}.new_empty({self._name(elements)})")
