@@ -252,6 +252,26 @@ exact, rounded, again = kernels("ieee"), kernels("tf32"), kernels("ieee")
 assert all(found == exact[0] for found in exact + again) and all(found == rounded[0] for found in rounded)
 assert exact[0] != rounded[0]
 """,
+    "no context": """
+import ctypes
+flag = ctypes.c_int.in_dll(rig.cuda, "rig_without_context")
+flag.value = 1
+assert dispatched(call) == 5
+flag.value = 0
+assert dispatched(call) == 0
+""",
+    "autocast's dtype": """
+from bench.host.launches import record
+b = BottleneckAdapter(64, 16, device="meta").to_empty(device="cuda")
+wide = torch.empty(32, 64, device="cuda")
+def kernels(dtype):
+    with torch.autocast("cuda", dtype=dtype):
+        return [[launch.number for launch in record(lambda: b(wide))[0]] for _ in range(4)]
+found = {dtype: kernels(dtype) + kernels(dtype) for dtype in (torch.bfloat16, torch.float16)}
+assert kernels(torch.bfloat16) == found[torch.bfloat16][:4]
+assert all(each == kinds[0] for kinds in found.values() for each in kinds)
+assert found[torch.bfloat16][0] != found[torch.float16][0]
+""",
     "threads": """
 others = [(adapter(R=R), rows(48, requires_grad=True)) for R in (24, 40)]
 failed = []

@@ -63,7 +63,8 @@ CUresult cuDeviceGetAttribute(int *v, CUdevice_attribute a, CUdevice d) {
   }
   return 0;
 }
-CUresult cuCtxGetCurrent(CUcontext *c) { *c = context; return 0; }
+int rig_without_context; /* as in a thread that has done nothing on the GPU yet */
+CUresult cuCtxGetCurrent(CUcontext *c) { *c = rig_without_context ? 0 : context; return 0; }
 CUresult cuCtxSetCurrent(CUcontext c) { return 0; }
 CUresult cuCtxGetDevice(CUdevice *d) { *d = rig_device; return 0; }
 CUresult cuDevicePrimaryCtxRetain(CUcontext *c, CUdevice d) { *c = context; return 0; }
