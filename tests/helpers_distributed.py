@@ -15,10 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from adapter_ops import (
-    add_adapter,
-    using_adapter,
-)
+from adapter_ops import add_adapter, using_adapter
 
 X = torch.linspace(-2, 2, 4 * 3 * 8, dtype=torch.float64).view(4, 3, 8)
 Y = torch.tensor([0, 1, 2, 0])

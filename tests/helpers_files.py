@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from adapter_ops.files import CONFIG_FILE, FORMAT, WEIGHTS_FILE, read
+from adapter_ops.models.files import CONFIG_FILE, FORMAT, WEIGHTS_FILE, read
 
 HEADER = {
     "format": FORMAT,

@@ -5,7 +5,7 @@ import transformers as hf
 from torch import nn
 
 from adapter_ops import AdapterConfig
-from adapter_ops.integrations.transformers import Place
+from adapter_ops.models.families import Place
 
 TEXT = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=40)
 IDS = torch.arange(3, 17).view(2, 7)

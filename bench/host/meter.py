@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adapter_ops import BottleneckAdapter
 
-from ..cases import Call, Module, Shape, Unfused
+from ..speed.cases import Call, Module, Shape, Unfused
 from . import rig
 
 CHAIN = 8
@@ -94,7 +94,7 @@ def count(arguments: list[str]) -> Figures:
     """
     with tempfile.TemporaryDirectory() as folder:
         command = ["valgrind", "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={folder}/out"]
-        command += [sys.executable, "-m", "bench.host", *arguments, "--inner"]
+        command += [sys.executable, "-m", "bench", "host", *arguments, "--inner"]
         environment = os.environ | {"PYTHONHASHSEED": "0"}
         run = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if run.returncode:

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from adapter_ops import skip_layers
 
-from ..data import Dataset, load_data
-from ..finetune import finetune, load_model, model_name, place, predict, scores, sizes, tokenise
+from .data import Dataset, load_data
+from .finetune import finetune, load_model, model_name, place, predict, scores, sizes, tokenise
 from .report import best_rate, context
 from .runs import ABLATION, RUNS, Ablated, Cell, Result, Table, cell_of, claim
 from .studies import RATES, Variant, has_bf16, prepare, stack
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Options:
-    """What holds for all runs of a study; see python -m bench.paper --help."""
+    """What holds for all runs of a study; see python -m bench paper --help."""
 
     model: str | None
     task: str

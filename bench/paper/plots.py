@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..plot import COLORS, STYLE
+from ..speed.plot import COLORS, STYLE
 from .report import Summary, caption, grid, of_study
 from .runs import Ablated, Result, cell_of
 

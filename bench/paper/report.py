@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import mean, stdev
 
-from ..rows import row_of
+from ..speed.rows import row_of
 from .runs import ABLATION, RUNS, Ablated, Cell, Result, Table
 from .studies import FULL, HEAD, SIZES, STUDIES, Variant, study
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from adapter_ops import AdapterConfig, add_adapter
-from adapter_ops.integrations.transformers import find_norms, find_sites
+from adapter_ops.models.families import find_norms, find_sites
 
 if TYPE_CHECKING:
-    from ..finetune import Classifier
+    from .finetune import Classifier
 
 # Searched on validation with the first seed, as many for each. The paper's (§3.2) are 3e-5, 3e-4 and 3e-3 for all.
 RATES = {

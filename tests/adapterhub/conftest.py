@@ -4,8 +4,8 @@ import pytest
 from hub_helpers import bert, randomise
 
 from adapter_ops import backend, ops
-from adapter_ops.inject import add_adapter
 from adapter_ops.integrations.adapterhub import save_adapterhub
+from adapter_ops.models.tasks import add_adapter
 
 
 @pytest.fixture(autouse=True)

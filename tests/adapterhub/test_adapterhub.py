@@ -21,9 +21,9 @@ from hub_helpers import (
     tiny,
 )
 
-from adapter_ops.config import PRESETS
-from adapter_ops.inject import add_adapter, set_active_adapter
 from adapter_ops.integrations.adapterhub import files, load_adapterhub, read_config, save_adapterhub, write_config
+from adapter_ops.models.config import PRESETS
+from adapter_ops.models.tasks import add_adapter, set_active_adapter
 
 pytestmark = needs_hub
 

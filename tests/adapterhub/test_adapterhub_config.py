@@ -5,8 +5,8 @@ import json
 import pytest
 from hub_helpers import assert_rejected, rewrite
 
-from adapter_ops.config import AdapterConfig
 from adapter_ops.integrations.adapterhub import read_config, write_config
+from adapter_ops.models.config import AdapterConfig
 
 UNSUPPORTED = dict(
     phm_layer=True, inv_adapter="nice", invertible_adapter={"block_type": "nice"}, use_gating=True, cross_adapter=True,

@@ -8,9 +8,9 @@ from hub_helpers import IDS, SIZES, assert_rejected, assert_same, bert, gpt2, ra
 from safetensors.torch import save_file
 
 from adapter_ops import load_adapter, save_adapter
-from adapter_ops.config import AdapterConfig
-from adapter_ops.inject import active_adapter, add_adapter, list_adapters
 from adapter_ops.integrations.adapterhub import load_adapterhub, save_adapterhub
+from adapter_ops.models.config import AdapterConfig
+from adapter_ops.models.tasks import active_adapter, add_adapter, list_adapters
 
 transformers = pytest.importorskip("transformers")
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 from hub_helpers import assert_same, bert, gpt2, hub_run, needs_hub, ours_as_hub, randomise, run
 
-from adapter_ops.config import AdapterConfig
-from adapter_ops.inject import add_adapter, delete_adapter
 from adapter_ops.integrations.adapterhub import accelerate, load_adapterhub, save_adapterhub
+from adapter_ops.models.config import AdapterConfig
+from adapter_ops.models.tasks import add_adapter, delete_adapter
 
 pytestmark = needs_hub
 

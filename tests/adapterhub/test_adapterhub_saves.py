@@ -11,9 +11,9 @@ import pytest
 import torch
 from hub_helpers import bert, randomise
 
-from adapter_ops.config import AdapterConfig
-from adapter_ops.inject import add_adapter, list_adapters
 from adapter_ops.integrations.adapterhub import files, load_adapterhub, save_adapterhub
+from adapter_ops.models.config import AdapterConfig
+from adapter_ops.models.tasks import add_adapter, list_adapters
 
 
 def test_saving_is_all_or_nothing(folder, monkeypatch):

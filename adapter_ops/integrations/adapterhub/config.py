@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from types import NoneType
 from typing import Any, NoReturn
 
-from ...config import AdapterConfig
 from ...kernels.activations import find_activation
+from ...models.config import AdapterConfig
 
 _REQUIRED = ("mh_adapter", "output_adapter", "reduction_factor", "non_linearity")
 _DEFAULTS: dict[str, Any] = {

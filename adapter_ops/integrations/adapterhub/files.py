@@ -19,13 +19,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ...config import AdapterConfig
-from ...files import alive, host, kind_of
 from ...functional import DTYPES
-from ...inject import LOCK, adapters_of, attach, build, check_new, plan, root_of, train_adapter
-from ...sharding import full, one_writer, reshard
-from ...strict_json import check, parse
-from ..transformers import Site, find_sites
+from ...models.config import AdapterConfig
+from ...models.families import Site, find_sites
+from ...models.files import alive, host, kind_of
+from ...models.sharding import full, one_writer, reshard
+from ...models.strict_json import check, parse
+from ...models.tasks import LOCK, adapters_of, attach, build, check_new, plan, root_of, train_adapter
 from .config import read_config, write_config
 
 CONFIG_FILE, WEIGHTS_FILE, SAFE_WEIGHTS_FILE = "adapter_config.json", "pytorch_adapter.bin", "adapter.safetensors"

@@ -1,0 +1,215 @@
+"""What runs a task inside a base model whose modules stay as they are.
+
+Hooks at a place (`Slot`) run the task's adapter there. Where a task may have a copy of a LayerNorm or of a head, or
+where a sublayer's input has to reach its output, a callable stands as the `forward` of one module (`Bound`). Each asks
+its `Selection` which task this call runs. What a call has to remember is kept in a frame of that call and thread
+(`_FRAMES`), never on a module.
+"""
+
+import inspect
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .context import Selection
+from .families import Site
+from .layers import AdapterLayer
+
+
+class _Frames(threading.local):
+    """Inputs of sublayers that wait for their sublayer's output, by site: of the innermost `Frame` of this thread.
+
+    transformers checkpoints the forward of a layer's class, so what runs again in backward is in no frame. The input is
+    held weakly then: the layer keeps it for its skip connection, and if the layer fails nothing else does.
+    """
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, Tensor] | None = None
+        self.loose: dict[str, Any] = {}
+
+    def keep(self, site: str, r: Tensor) -> None:
+        if self.inputs is not None:
+            self.inputs[site] = r
+        else:
+            self.loose[site] = r if torch.compiler.is_compiling() else weakref.ref(r)
+
+    def take(self, site: str) -> Tensor | None:
+        if self.inputs is not None:
+            return self.inputs.pop(site, None)
+        r = self.loose.pop(site, None)
+        return r() if isinstance(r, weakref.ref) else r
+
+
+_FRAMES = _Frames()
+
+
+class Slot:
+    """One site of the model, with the hooks that run there the adapter of whichever task is active."""
+
+    def __init__(self, site: Site, selection: Selection) -> None:
+        self.site = site
+        self.selection = selection
+
+    def running(self) -> AdapterLayer | None:
+        task = self.selection.task()
+        if task is None:
+            return None
+        layer = task.layer_at.get(self.site.name)
+        if layer is None or self.site.layer in self.selection.skipped():
+            return None
+        return layer
+
+    def on_entry(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keeps the sublayer's input for adapters that read it."""
+        layer = self.running()
+        if layer is not None and layer.reads_input:
+            _FRAMES.keep(self.site.name, args[0] if args else kwargs["hidden_states"])
+
+    def on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Adds what the adapter makes of the sublayer's output or input."""
+        layer = self.running()
+        if layer is None or layer.reads == "norm":
+            return None
+        h = output[0] if isinstance(output, tuple) else output
+        if layer.reads == "output":
+            y = layer(h, h)
+        else:
+            r = _FRAMES.take(self.site.name)
+            if r is None:
+                raise RuntimeError(
+                    f"the adapter at {self.site.name!r} reads the sublayer's input, but {self.site.entry!r} was not "
+                    f"called before {self.site.output!r}"
+                )
+            if layer.reads == "input":
+                y = layer(r, h)
+            else:
+                x = h + r
+                # The model adds r itself, so without ln_after, which would add it once more, x is a residual less r: h.
+                y = layer(x, x if layer.residual_is_x and layer.ln_after else h)
+        return (y, *output[1:]) if isinstance(output, tuple) else y
+
+
+class Bound:
+    """Stands as the `forward` of one module, in front of the forward that was there."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.base: Callable[..., Any] = module.forward
+        self.had_its_own = "forward" in module.__dict__
+        module.forward = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A bound method is pickled as the name of an attribute, and under that name the module has `self`.
+        return self.__dict__ if self.had_its_own else {**self.__dict__, "base": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.base is None:
+            self.base = type(self.module).forward.__get__(self.module)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """Of the forward behind it: transformers' Trainer drops the columns that `model.forward` does not name."""
+        return inspect.signature(self.base)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base(*args, **kwargs)
+
+    def remove(self) -> None:
+        """Takes it off the module. Under another wrapper of `forward` it stays, and passes every call on."""
+        for name in ("forward", "_old_forward"):  # the second is where accelerate's hooks keep what they wrap
+            if self.module.__dict__.get(name) is self:
+                if name == "forward" and not self.had_its_own:
+                    del self.module.forward
+                else:
+                    setattr(self.module, name, self.base)
+
+
+class Root(Bound):
+    """Of the model: a call runs one task from its start to its end, even if the default changes meanwhile."""
+
+    def __init__(self, module: nn.Module, selection: Selection, check: Callable[[Any], None]) -> None:
+        super().__init__(module)
+        self.selection = selection
+        self.check = check
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # guards read the task once, when the compiled call starts
+            return self.base(*args, **kwargs)
+        choice = self.selection.hold()
+        try:
+            self.check(choice.task)
+            return self.base(*args, **kwargs)
+        finally:
+            self.selection.leave(choice)
+
+
+class Frame(Bound):
+    """Of the module around a sublayer: gives each call a place for the sublayer's input."""
+
+    def __init__(self, module: nn.Module, selection: Selection) -> None:
+        super().__init__(module)
+        self.selection = selection
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        task = self.selection.task()
+        if task is None or not task.reads_input:
+            return self.base(*args, **kwargs)
+        outer = _FRAMES.inputs
+        _FRAMES.inputs = {}
+        try:
+            return self.base(*args, **kwargs)
+        finally:
+            _FRAMES.inputs = outer
+
+
+def _keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """A forward hook that leaves the output as it is."""
+
+
+class Switch(Bound):
+    """Of a LayerNorm or a head: calls the active task's own copy, if it has one.
+
+    Of the normalisation behind a site it is also where an adapter with `ln_before` stands.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        path: str,
+        above: tuple[nn.Module, str],
+        selection: Selection,
+        slot: Slot | None = None,
+    ) -> None:
+        super().__init__(module)
+        self.path = path
+        self.above = above  # the module's parent, and its name there
+        self.selection = selection
+        self.slot = slot
+        # In eval nn.TransformerEncoderLayer reads the weights of its norms and does not call them, unless it has hooks.
+        in_encoder = isinstance(above[0], nn.TransformerEncoderLayer)
+        self.handle = module.register_forward_hook(_keep) if in_encoder else None
+
+    def remove(self) -> None:
+        super().remove()
+        if self.handle is not None:
+            self.handle.remove()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        task = self.selection.task()
+        if task is None:
+            return self.base(*args, **kwargs)
+        call = task.copy_at.get(self.path)
+        if call is None:
+            call = self.base
+        layer = None if self.slot is None else self.slot.running()
+        if layer is None or layer.reads != "norm":
+            return call(*args, **kwargs)
+        total = args[0] if args else next(iter(kwargs.values()))  # h + r
+        x = call(total)
+        y = layer(x, x if layer.residual_is_x else total)
+        return call(y) if layer.ln_after else y

