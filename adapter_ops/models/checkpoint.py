@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from ..functional import DTYPES
 from ..wrappers import runs_on
 from . import files
+from .adapters import LOCK, adapters_of, root_of
+from .building import attach, build, check_new, labels_of, plan
 from .config import AdapterConfig
 from .families import Place, Site, base_modules, base_parameters, find_bodies, find_models
 from .parameters import Labels, Task, beside, output_of, resize
 from .sharding import fill, full, one_writer, reshard
-from .tasks import LOCK, adapters_of, attach, build, check_new, labels_of, plan, root_of, train_adapter
+from .tasks import train_adapter
 
 _DIGEST_TENSORS, _DIGEST_ELEMENTS = 8, 4096
 

@@ -11,8 +11,9 @@ from helpers import relative_error
 from torch import nn
 
 from adapter_ops.integrations.adapterhub import files, load_adapterhub
+from adapter_ops.models.adapters import adapters_of
 from adapter_ops.models.config import AdapterConfig
-from adapter_ops.models.tasks import active_adapter, adapters_of, add_adapter, list_adapters
+from adapter_ops.models.tasks import active_adapter, add_adapter, list_adapters
 
 transformers = pytest.importorskip("transformers")
 HAS_HUB = "adapters" in sys.modules or importlib.util.find_spec("adapters") is not None

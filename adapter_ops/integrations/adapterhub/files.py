@@ -20,12 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from ...functional import DTYPES
+from ...models.adapters import LOCK, adapters_of, root_of
+from ...models.building import attach, build, check_new, plan
 from ...models.config import AdapterConfig
 from ...models.families import Site, find_sites
 from ...models.files import alive, host, kind_of
 from ...models.sharding import full, one_writer, reshard
 from ...models.strict_json import check, parse
-from ...models.tasks import LOCK, adapters_of, attach, build, check_new, plan, root_of, train_adapter
+from ...models.tasks import train_adapter
 from .config import read_config, write_config
 
 CONFIG_FILE, WEIGHTS_FILE, SAFE_WEIGHTS_FILE = "adapter_config.json", "pytorch_adapter.bin", "adapter.safetensors"
