@@ -25,7 +25,7 @@ from torch import distributed
 from ..cli import Parser, listed, output_folder, whole
 from ..environment import environment
 from . import plots, report
-from .finetune import place
+from .finetune import rank_and_world
 from .lab import Lab, Options
 from .studies import STUDIES, study
 
@@ -77,11 +77,11 @@ def main(argv: list[str] | None = None) -> int:
         for each in STUDIES if name == "all" else (name,):
             for lab in labs:
                 lab.run(study(each, lab.layers), ablate=each == "ablation")
-                if place()[0] == 0:
+                if rank_and_world()[0] == 0:
                     found = lab.rows(), lab.ablations()
                     print(f"\n{each}, {lab.data.name}\n\n{report.table(each, *found)}\n")
                     print(f"plot: {plots.draw(each, lab.options.out, *found)}")
-            if each == "glue" and place()[0] == 0:
+            if each == "glue" and rank_and_world()[0] == 0:
                 print(f"\n{report.glue([lab.rows() for lab in labs])}")
     except KeyboardInterrupt:
         print(

@@ -176,7 +176,7 @@ def finetune(
     The same seed gives the same batches whatever the number of processes, but dropout's masks and the means of a
     BatchNorm are of each process's share.
     """
-    rank, processes = place()
+    rank, processes = rank_and_world()
     device = next(model.parameters()).device
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -230,7 +230,7 @@ def finetune(
     return run
 
 
-def place() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
     """This process's number, and how many there are."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return 0, 1
@@ -256,7 +256,7 @@ def predict(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Encoded, batch_size: int = 64, bf16: bool = False
 ) -> np.ndarray:
     """The model's outputs in eval mode, [texts, outputs] in fp32; every process computes its share and gets all."""
-    rank, processes = place()
+    rank, processes = rank_and_world()
     device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))  # less padding
     mine = list(chunks(order, batch_size))[rank::processes]

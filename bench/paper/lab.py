@@ -15,7 +15,7 @@ from tqdm import tqdm
 from adapter_ops import skip_layers
 
 from .data import Dataset, load_data
-from .finetune import finetune, load_model, model_name, place, predict, scores, sizes, tokenise
+from .finetune import finetune, load_model, model_name, predict, rank_and_world, scores, sizes, tokenise
 from .report import best_rate, context
 from .runs import ABLATION, RUNS, Ablated, Cell, Result, Table, cell_of, claim
 from .studies import RATES, Variant, has_bf16, prepare, stack
@@ -84,7 +84,7 @@ class Lab:
         first = rows[0].seed if rows else seeds[0]
         searched = list({v.label: v for v in (v.searched for v in variants)}.values())
         total = sum(len(self.rates(v)) for v in searched) + len(variants) * len(seeds)
-        with tqdm(total=total, unit="run", disable=None if place()[0] == 0 else True) as bar:
+        with tqdm(total=total, unit="run", disable=None if rank_and_world()[0] == 0 else True) as bar:
             self.complete(bar, [(v, rate, first) for v in searched for rate in self.rates(v)])
             best = [(v, best_rate(self.rows(), v, first)) for v in variants]
             self.complete(bar, [(v, rate, seed) for v, rate in best for seed in seeds], ablate)
@@ -124,7 +124,7 @@ class Lab:
 
         Where there are several processes, the first claims for all.
         """
-        with claim(self.options.out, cell) if place()[0] == 0 else contextlib.nullcontext(False) as mine:
+        with claim(self.options.out, cell) if rank_and_world()[0] == 0 else contextlib.nullcontext(False) as mine:
             ours = shared(mine)
             self.refresh()
             yield ours
@@ -132,7 +132,7 @@ class Lab:
     def refresh(self) -> None:
         """Reads the files again; where there are several processes, all have the rows that the first one reads."""
         for table in (self.results, self.ablated):
-            if place()[0] == 0:
+            if rank_and_world()[0] == 0:
                 table.refresh()
             table.rows = shared(table.rows)  # type: ignore[assignment]
 
@@ -192,7 +192,7 @@ class Lab:
 
     def write(self, table: Table, rows: list[Any]) -> None:
         """Adds rows; where there are several processes, the first has the file and all have the rows."""
-        if place()[0] == 0:
+        if rank_and_world()[0] == 0:
             table.add(rows)
         self.refresh()
 
@@ -200,7 +200,7 @@ class Lab:
 def shared(value: T) -> T:
     """The first process's value, in every process."""
     found = [value]
-    if place()[1] > 1:
+    if rank_and_world()[1] > 1:
         distributed.broadcast_object_list(found)
     return found[0]
 

@@ -178,18 +178,18 @@ import json, os, torch
 from torch import distributed
 from adapter_ops import AdapterConfig, add_adapter
 from bench.paper.data import load_data
-from bench.paper.finetune import finetune, load_model, place, predict, tokenise
+from bench.paper.finetune import finetune, load_model, predict, rank_and_world, tokenise
 
 if "LOCAL_RANK" in os.environ:
     distributed.init_process_group("gloo")
 data = load_data({str(tiny / "animals.csv")!r}).cut(81, 9)
-torch.manual_seed(place()[0])  # what the processes start from differs; DDP takes the first's
+torch.manual_seed(rank_and_world()[0])  # what the processes start from differs; DDP takes the first's
 model, tokenizer = load_model({str(tiny)!r}, data.labels, dropout=0.0)
 add_adapter(model, "t", AdapterConfig(bottleneck=4))
 texts = tokenise(tokenizer, data)
 run = finetune(model, tokenizer, texts.train, learning_rate=1e-2, epochs=2, batch_size=16, watch=texts.test)
 outputs = predict(model, tokenizer, texts.test, batch_size=2)
-if place()[0] == 0:
+if rank_and_world()[0] == 0:
     print("RESULT", json.dumps([run.losses, run.scores, outputs.tolist()]))
 if distributed.is_initialized():
     distributed.destroy_process_group()  # gloo's threads, left running, can abort the process as it ends
