@@ -24,9 +24,7 @@ DOCUMENTS = ("README.md", "bench/README.md", "bench/paper/README.md")  # of this
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m bench.table", description=__doc__)
-    parser.add_argument(
-        "file", nargs="*", type=input_file, default=DOCUMENTS, help=f"default: {', '.join(DOCUMENTS)}"
-    )
+    parser.add_argument("file", nargs="*", type=input_file, default=DOCUMENTS, help=f"default: {', '.join(DOCUMENTS)}")
     args = parser.parse_args(argv)
     filled = {}
     with parser.refusing():

@@ -269,7 +269,9 @@ def test_every_document_is_filled_in_or_none(tmp_path, monkeypatch, capsys):
     write(tmp_path / "bench/f.csv", made_up([(8, 16, 4)]))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(table, "DOCUMENTS", ("README.md", "bench/README.md"))
-    stale = {name: f"<!-- bench: {csv} -->\n<!-- bench end -->\n" for name, csv in zip(table.DOCUMENTS, ["bench/f.csv"] * 2)}
+    stale = {
+        name: f"<!-- bench: {csv} -->\n<!-- bench end -->\n" for name, csv in zip(table.DOCUMENTS, ["bench/f.csv"] * 2)
+    }
     for name, text in stale.items():
         Path(name).write_text(text)
     with pytest.raises(SystemExit):
