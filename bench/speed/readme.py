@@ -1,8 +1,9 @@
-"""python -m bench readme: the tables of README.md, made from the CSV files that their markers name.
+"""python -m bench readme: the tables of the documents, made from the CSV files that their markers name.
 
 A marker `<!-- bench: bench/results/F.csv M=16384,65536 mode=fwd -->` opens a table of the rows that have one of these
 values, and `<!-- bench end -->` closes it; what is between them is written here. So does
-`<!-- paper: bench/results/paper glue docstrings -->`, by folder, study and task, with `<!-- paper end -->`.
+`<!-- paper: bench/results/paper glue docstrings -->`, by folder, study and task, with `<!-- paper end -->`. Paths in
+markers are relative to the folder of the document.
 """
 
 import re
@@ -17,17 +18,22 @@ from .rows import COLUMNS, Row, read, row_of
 MARKER = re.compile(r"(<!-- bench: (\S+?\.csv)((?: \w+=\S+)*) -->\n).*?(<!-- bench end -->)", re.DOTALL)
 PAPER = re.compile(r"(<!-- paper: (\S+) (\w+) (\S+) -->\n).*?(<!-- paper end -->)", re.DOTALL)
 
+DOCUMENTS = ("README.md", "bench/README.md", "bench/paper/README.md")  # of this repository, that have markers
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m bench readme", description=__doc__)
-    parser.add_argument("file", nargs="?", type=input_file, default="README.md", help="default: %(default)s")
+    parser.add_argument("file", nargs="*", type=input_file, default=DOCUMENTS, help=f"default: {', '.join(DOCUMENTS)}")
     args = parser.parse_args(argv)
+    filled = {}
     with parser.refusing():
-        text = args.file.read_text(encoding="utf-8")
-        if not (MARKER.search(text) or PAPER.search(text)):
-            raise ValueError(f"{args.file} has no marker of a table; see --help")
-        new = fill_in(text, args.file.parent)
-    args.file.write_text(new, encoding="utf-8")
+        for path in map(Path, args.file):
+            text = path.read_text(encoding="utf-8")
+            if not (MARKER.search(text) or PAPER.search(text)):
+                raise ValueError(f"{path} has no marker of a table; see --help")
+            filled[path] = fill_in(text, path.parent)
+    for path, text in filled.items():
+        path.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -258,10 +258,30 @@ def test_a_file_with_other_columns_is_refused(tmp_path):
         read(tmp_path / "f.csv")
 
 
-def test_readme_has_the_tables_of_the_committed_files():
+@pytest.mark.parametrize("name", table.DOCUMENTS)
+def test_documents_have_the_tables_of_the_committed_files(name):
     """Made by `python -m bench readme`."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert table.MARKER.search(text) and table.PAPER.search(text) and table.fill_in(text, ROOT) == text
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert table.MARKER.search(text) or table.PAPER.search(text)
+    assert table.fill_in(text, (ROOT / name).parent) == text
+
+
+def test_every_document_is_filled_in_or_none(tmp_path, monkeypatch, capsys):
+    """Paths in the markers of a document are relative to its folder."""
+    write(tmp_path / "bench/f.csv", made_up([(8, 16, 4)]))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(table, "DOCUMENTS", ("README.md", "bench/README.md"))
+    stale = {
+        name: f"<!-- bench: {csv} -->\n<!-- bench end -->\n" for name, csv in zip(table.DOCUMENTS, ["bench/f.csv"] * 2)
+    }
+    for name, text in stale.items():
+        Path(name).write_text(text)
+    with pytest.raises(SystemExit):
+        table.main([])
+    assert all(Path(name).read_text() == text for name, text in stale.items())
+    Path("bench/README.md").write_text(stale["README.md"].replace("bench/f.csv", "f.csv"))
+    assert table.main([]) == 0
+    assert all("| 8×16×4 |" in Path(name).read_text() for name in table.DOCUMENTS)
 
 
 def test_gate_compares_like_with_like():
