@@ -1,28 +1,45 @@
+import re
 from pathlib import Path
 
-from setuptools import find_namespace_packages, setup
+from setuptools import find_packages, setup
 
-demo = ["transformers>=5", "matplotlib", "tqdm"]
-paper = [*demo, "datasets", "scikit-learn", "scipy"]
-bench = ["matplotlib", "tqdm", "pytest-benchmark"]
+HERE = Path(__file__).parent
+
+# bench/ and tests/ are in a checkout and in the sdist, and not in a wheel. This is what they need, all of it.
+test = [
+    *("pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "setuptools", "ruff", "mypy"),
+    *("numpy", "transformers>=5", "accelerate", "matplotlib", "tqdm", "datasets", "scikit-learn", "scipy"),
+]
 
 setup(
     name="adapter-ops",
-    version="0.1.0",
+    version=re.findall('^__version__ = "(.+)"', (HERE / "adapter_ops/__init__.py").read_text("utf-8"), re.MULTILINE)[0],
     description="Fused Triton kernels for the bottleneck adapters of Houlsby et al. (2019), forward and backward",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["adapters", "parameter-efficient fine-tuning", "PEFT", "PyTorch", "Triton", "transformers", "GPU"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
-    # adapter_ops/kernels is a link to kernels/, which has no __init__.py: a top-level package of that name would
-    # shadow the one that transformers imports.
-    packages=find_namespace_packages(include=["adapter_ops", "adapter_ops.*"]),
+    # adapter_ops/kernels is a link to kernels/. Where a checkout or an archive has no links, it is a file of one line,
+    # so builds take the folder itself. This has no __init__.py: a top-level package of that name would shadow the one
+    # that transformers imports.
+    packages=[*find_packages(include=["adapter_ops", "adapter_ops.*"]), "adapter_ops.kernels"],
+    package_dir={"adapter_ops.kernels": "kernels"},
     package_data={"adapter_ops": ["py.typed"], "adapter_ops.kernels": ["*.c"]},
-    install_requires=["torch>=2.11", "triton>=3.6", "numpy", "safetensors"],
-    extras_require={
-        "demo": demo,
-        "paper": paper,
-        "bench": bench,
-        "test": [*paper, *bench, "pytest", "pytest-xdist", "hypothesis", "accelerate", "ruff", "mypy", "setuptools"],
-    },
+    # Package indexes have Triton for Linux alone. safetensors writes tensors of PyTorch only with its extra "torch".
+    install_requires=["torch>=2.11", 'triton>=3.6; sys_platform == "linux"', "safetensors[torch]"],
+    extras_require={"test": test},
 )

@@ -1,5 +1,12 @@
 """Fused bottleneck adapters (Houlsby et al. 2019) for PyTorch."""
 
+from pathlib import Path
+
+# adapter_ops/kernels is a link to kernels/. In a checkout without symbolic links it is a file of one line, and the
+# import of adapter_ops.kernels then finds the folder itself, beside adapter_ops.
+if not Path(__path__[0], "kernels").is_dir():
+    __path__.append(str(Path(__path__[0]).parent))
+
 from .functional import bottleneck_adapter, explain
 from .models.checkpoint import load_adapter, load_task_state_dict, save_adapter, task_state_dict
 from .models.config import AdapterConfig

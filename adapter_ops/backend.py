@@ -16,9 +16,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-from .kernels import configs, forward, plan
-from .kernels.plan import Plan
+from .kernels import configs
+from .kernels.installed import MISSING
 from .kernels.problem import UNTUNED, Options, Tuning, Weights, forward_problem
+
+if MISSING is None:
+    from .kernels import forward, plan
+    from .kernels.plan import INTERPRETED, Plan
+else:
+    INTERPRETED = False
 
 NAMES = ("triton", "cpu", "reference")
 
@@ -28,11 +34,16 @@ class Backend(NamedTuple):
 
     name: str  # one of NAMES
     reason: str
-    plan: Plan | None = None
+    plan: "Plan | None" = None
 
 
-_CPU = Backend("cpu", "the tensors are on the CPU")
-_SMALL = Backend("reference", "the tensors are on the CPU and x is small, so plain PyTorch calls cost less to launch")
+# Triton reads TRITON_INTERPRET when the kernels are defined, so a value that was set later has no effect anyway.
+_ASKED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+_IGNORED = f"; {MISSING}, so TRITON_INTERPRET has no effect" if MISSING is not None and _ASKED else ""
+_CPU = Backend("cpu", f"the tensors are on the CPU{_IGNORED}")
+_SMALL = Backend(
+    "reference", f"the tensors are on the CPU and x is small, so plain PyTorch calls cost less to launch{_IGNORED}"
+)
 _FUNC = Backend("reference", "a torch.func or forward-mode transform is active")
 _TRACE = Backend("reference", "torch.jit.trace records PyTorch's own operations")
 _MODE = Backend("reference", "a torch dispatch mode is active, and has to see PyTorch's own operations")
@@ -135,10 +146,12 @@ def choose(x: Tensor, residual: Tensor | None, weights: Weights, options: Option
         x, residual: [M, D] as the kernels take them.
     """
     kind, w_down = x.device.type, weights.w_down
-    if kind == "cpu" and not plan.INTERPRETED:
+    if kind == "cpu" and not INTERPRETED:
         return _SMALL if x.numel() < (SMALL if torch.is_grad_enabled() else SMALL_INFERENCE) else _CPU
     if kind not in ("cpu", "cuda"):
         return Backend("reference", f"no kernels for device type {kind!r}")
+    if MISSING is not None:
+        return Backend("reference", MISSING)
     if w_down.numel() >= 1 << 31:
         shape = list(w_down.shape)
         return Backend("reference", f"a weight {shape} has more elements than the kernels address, 2^31 - 1")
@@ -171,9 +184,14 @@ def _limits(device: torch.device) -> list[tuple[int, int, int, int]]:
     Everything is left to the op, which asks again when it runs, where there is no card to ask, or where
     ADAPTER_OPS_REQUIRE is set.
     """
-    if _REQUIRE_KEY in _environment or not torch.cuda.is_available() or plan.target(device).unmeasured:
-        return [(0, 0, 1 << 62, 1 << 62)]
+    everything = [(0, 0, 1 << 62, 1 << 62)]
+    if _REQUIRE_KEY in _environment or not torch.cuda.is_available():
+        return everything
+    if MISSING is not None:
+        return []
     target = plan.target(device)
+    if target.unmeasured:
+        return everything
     rows = (row for form in forward.FORMS for row in configs.measured(form, target))
     return [(row.itemsize, row.rows, row.columns, row.bottleneck) for row in rows]
 

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .kernels import backward as backward_form
-from .kernels import forward as forward_form
-from .kernels.plan import Plan
+from .kernels.installed import MISSING
 from .kernels.problem import (
     UNTUNED,
     Needs,
@@ -26,6 +24,11 @@ from .kernels.problem import (
     forward_problem,
 )
 from .kinds import Kinds, present
+
+if MISSING is None:  # else no call takes the backend of KernelCalls
+    from .kernels import backward as backward_form
+    from .kernels import forward as forward_form
+    from .kernels.plan import Plan
 
 Parameters = Sequence[Tensor | None]
 # A recording's function: the outputs, or None where there is none for these inputs.
@@ -182,7 +185,7 @@ class KernelCalls:
             self.backwards.keep(settings, present(inputs), shaped)
         return found if dx is None else [_view(dx, x), *found[1:]]
 
-    def _keep(self, problem: Problem, plan: Plan) -> Plan:
+    def _keep(self, problem: Problem, plan: "Plan") -> "Plan":
         if len(self.plans) >= _KEPT_HERE:
             self.plans.clear()
         self.plans[problem] = plan

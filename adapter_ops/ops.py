@@ -20,7 +20,6 @@ from torch.utils.flop_counter import register_flop_formula
 from . import backend, reference
 from .backend import Backend, compute_dtype, is_batch, is_refused, obstacle, ordinary, require, transformed
 from .calls import CPUCalls, KernelCalls, rows
-from .kernels import plan
 from .kernels.activations import find_activation
 from .kernels.problem import UNTUNED, Needs, Options, Tuning, Weights
 from .kinds import Kinds, present, settings_of
@@ -124,7 +123,7 @@ def _run(found: Backend, x: Tensor, options: Options, tuning: Tuning) -> Run:
 def _calls(found: Backend, x: Tensor, options: Options, tuning: Tuning = UNTUNED) -> CPUCalls | KernelCalls:
     if found.name != "triton":
         return CPUCalls(options)
-    calls = KernelCalls(options, plan.target(x.device), tuning)
+    calls = KernelCalls(options, backend.plan.target(x.device), tuning)
     if found.plan:
         calls.plans[found.plan.problem] = found.plan
     return calls
