@@ -91,7 +91,8 @@ _XMOD = Stack("encoder.layer", Place("attention.output.dense"), Place("output.de
 # adapters that read r or h + r are refused here too.
 _BEIT = Stack("layers", Place("attention.o_proj"), Place("mlp.fc2"))
 _DINOV2 = Stack("encoder.layer", Place("layer_scale1", "norm1"), Place("layer_scale2", "norm2"))
-_GPTJ = Stack("h", Place("attn.resid_dropout", "ln_1"), Place("mlp.dropout", "ln_1"))  # parallel, with one LayerNorm
+# Parallel, with one LayerNorm. AdapterHub's feed-forward adapters that read r have the attention's output added to it.
+_GPTJ = Stack("h", Place("attn.resid_dropout", "ln_1"), Place("mlp.dropout", "ln_1"))
 _GPT_NEOX = Stack(  # parallel, or pre-norm with use_parallel_residual=False: the same modules in another order
     "layers", Place("post_attention_dropout", "input_layernorm"), Place("post_mlp_dropout", "post_attention_layernorm")
 )
