@@ -91,3 +91,12 @@ def pytest_generate_tests(metafunc):
 def aten(use_path):
     """The CPU path, for tests of what stands around the op: the interpreter would be slow."""
     use_path("cpu")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Threads that share so little work wait for one another most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

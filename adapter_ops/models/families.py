@@ -1,14 +1,16 @@
 """Where each model family of Hugging Face transformers takes its adapters: one table, and no import of that package.
 
 A sublayer (attention or feed-forward) turns its input r into h, and the model goes on with h + r. Post-norm families
-normalise that sum, pre-norm families normalise r on its way in. Any other model says where by patterns of module names.
+normalise that sum, pre-norm families normalise r on its way in. In parallel families both sublayers take the input r of
+their layer, and the model goes on with the sum of both outputs and r. Any other model says where by patterns of module
+names.
 """
 
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -16,7 +18,7 @@ from torch import nn
 class Place(NamedTuple):
     """One sublayer, by module paths below its layer (in FAMILIES) or by patterns (in `find_sites`)."""
 
-    output: str  # the module whose output is h, or a tuple that starts with h; called once a forward
+    output: str  # the module whose output is h, or a tuple that starts with h; called once in each pass of its layer
     entry: str | None = None  # the module whose first argument is r; only "parallel" and pre-norm ln_before need it
     norm: str | None = None  # the normalisation of h + r; None in pre-norm families
 
@@ -28,6 +30,7 @@ class Stack:
     layers: str
     attention: Place
     ffn: Place
+    when: tuple[str, Any] | None = None  # a field of the config and its value, if the stack is for such models alone
 
 
 # h is taken after its dropout where that is a module of its own, else (marked "before dropout") where it is projected.
@@ -70,6 +73,55 @@ _VIT = Stack(  # before dropout: one dropout module serves both sublayers
     "layers", Place("attention.o_proj", "layernorm_before"), Place("mlp.fc2", "layernorm_after")
 )
 _CLIP = Stack("encoder.layers", Place("self_attn.out_proj", "layer_norm1"), Place("mlp.fc2", "layer_norm2"))
+# The layer of a group runs several times in a forward, with the same weights each time, and so do a task's adapters: as
+# in AdapterHub, the shared layer has one at each place. Its number is that of its group, which has to have no other.
+_ALBERT = Stack(
+    "encoder.albert_layer_groups",
+    Place(
+        "albert_layers.0.attention.output_dropout", "albert_layers.0.attention", "albert_layers.0.attention.LayerNorm"
+    ),
+    Place("albert_layers.0.ffn_output", "albert_layers.0.ffn", "albert_layers.0.full_layer_layer_norm"),
+    when=("inner_group_num", 1),
+)
+_MPNET = Stack("encoder.layer", Place("attention.dropout", "attention.attn", "attention.LayerNorm"), _BERT.ffn)
+# Before dropout. A language adapter follows h + r of the feed-forward, and the model's config says whether LayerNorms
+# are in front of the sublayers or behind. There is no entry, so that adapters that read r or h + r are refused.
+_XMOD = Stack("encoder.layer", Place("attention.output.dense"), Place("output.dense"))
+# Before dropout, and before the layer's learned scale, a parameter and no module. The model adds the scaled h to r, so
+# adapters that read r or h + r are refused here too.
+_BEIT = Stack("layers", Place("attention.o_proj"), Place("mlp.fc2"))
+_DINOV2 = Stack("encoder.layer", Place("layer_scale1", "norm1"), Place("layer_scale2", "norm2"))
+# Parallel, with one LayerNorm. AdapterHub's feed-forward adapters that read r have the attention's output added to it.
+_GPTJ = Stack("h", Place("attn.resid_dropout", "ln_1"), Place("mlp.dropout", "ln_1"))
+_GPT_NEOX = Stack(  # parallel, or pre-norm with use_parallel_residual=False: the same modules in another order
+    "layers", Place("post_attention_dropout", "input_layernorm"), Place("post_mlp_dropout", "post_attention_layernorm")
+)
+_PHI3 = Stack(
+    "layers", Place("resid_attn_dropout", "input_layernorm"), Place("resid_mlp_dropout", "post_attention_layernorm")
+)
+_MOE = Stack("layers", Place("self_attn.o_proj", "input_layernorm"), Place("mlp", "post_attention_layernorm"))
+_GEMMA2 = Stack(  # the sublayer ends with a normalisation of its own, whose output is h
+    "layers",
+    Place("post_attention_layernorm", "input_layernorm"),
+    Place("post_feedforward_layernorm", "pre_feedforward_layernorm"),
+)
+_OLMO2 = Stack(  # the same, and nothing normalises r
+    "layers", Place("post_attention_layernorm", "self_attn"), Place("post_feedforward_layernorm", "mlp")
+)
+_WAV2VEC2 = Stack(
+    "encoder.layers",
+    Place("dropout", "attention", "layer_norm"),
+    Place("feed_forward.output_dropout", "feed_forward", "final_layer_norm"),
+    when=("do_stable_layer_norm", False),
+)
+_WAV2VEC2_STABLE = Stack(
+    "encoder.layers",
+    Place("dropout", "layer_norm"),
+    Place("feed_forward.output_dropout", "final_layer_norm"),
+    when=("do_stable_layer_norm", True),
+)
+_OPT = replace(_WHISPER, when=("do_layer_norm_before", True))
+_OPT_350M = replace(_BART, when=("do_layer_norm_before", False))
 
 # config.model_type -> its stacks of layers
 FAMILIES: dict[str, tuple[Stack, ...]] = {
@@ -78,22 +130,49 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "xlm-roberta": (_BERT,),
     "camembert": (_BERT,),
     "electra": (_BERT,),
+    "deberta": (_BERT,),
     "deberta-v2": (_BERT,),
+    "bert-generation": (_BERT,),
+    "xmod": (_XMOD,),
+    "mpnet": (_MPNET,),
+    "albert": (_ALBERT,),
     "distilbert": (_DISTILBERT,),
     "modernbert": (_MODERNBERT,),
+    "modernbert-decoder": (_MODERNBERT,),
     "gpt2": (_GPT2,),
+    "gptj": (_GPTJ,),
+    "gpt_neox": (_GPT_NEOX,),
+    "opt": (_OPT, _OPT_350M),
     "llama": (_LLAMA,),
     "mistral": (_LLAMA,),
     "qwen2": (_LLAMA,),
     "qwen3": (_LLAMA,),
+    "smollm3": (_LLAMA,),
     "gemma": (_LLAMA,),
+    "gemma2": (_GEMMA2,),
+    "gemma3": (_CLIP, _GEMMA2),  # the images' layers and the text's
+    "gemma3_text": (_GEMMA2,),
+    "olmo2": (_OLMO2,),
+    "phi3": (_PHI3,),
+    "mixtral": (_MOE,),
+    "qwen2_moe": (_MOE,),
+    "qwen3_moe": (_MOE,),
     "t5": _T5,
+    "mt5": _T5,
     "bart": (_BART,),
+    "plbart": (_BART,),
+    "mbart": (_WHISPER,),
     "whisper": (_WHISPER,),
+    "wav2vec2": (_WAV2VEC2, _WAV2VEC2_STABLE),
     "vit": (_VIT,),
+    "beit": (_BEIT,),
+    "dinov2": (_DINOV2,),
     "clip": (_CLIP,),
     "clip_text_model": (_CLIP,),
     "clip_vision_model": (_CLIP,),
+    "siglip": (_CLIP,),
+    "siglip_text_model": (_CLIP,),
+    "siglip_vision_model": (_CLIP,),
 }
 
 
@@ -118,8 +197,9 @@ def find_sites(model: nn.Module, places: Mapping[str, str | Place] | None = None
             is the end of a module's path with `*` for the number of the layer: "blocks.*.attn.proj".
 
     Raises:
-        ValueError: a model of no known family without `places`; a key other than these two; a pattern without `*`,
-            with two, or that no module matches; a place that is never called or whose hidden size cannot be told.
+        ValueError: a model of no known family, or of one with a config that its places do not cover, without `places`;
+            a key other than these two; a pattern without `*`, with two, or that no module matches; a place that is
+            never called or whose hidden size cannot be told.
     """
     if places is not None:
         if not places or not set(places) <= {"attention", "ffn"}:
@@ -141,13 +221,13 @@ def find_sites(model: nn.Module, places: Mapping[str, str | Place] | None = None
     sites = []
     for path, inner in found.items():
         start = f"{path}." if path else ""
-        for stack in FAMILIES[_family(inner)]:
+        for stack in _stacks(inner):
             both = {"attention": stack.attention, "ffn": stack.ffn}
             patterns = {n: Place._make(p and f"{stack.layers}.*.{p}" for p in place) for n, place in both.items()}
             sites += _match(model, patterns, start)
     if not sites:
         inner = next(iter(found.values()))
-        raise _unmatched(inner, FAMILIES[_family(inner)][0].layers + ".*")
+        raise _unmatched(inner, _stacks(inner)[0].layers + ".*")
     return sites
 
 
@@ -155,6 +235,19 @@ def _family(module: nn.Module) -> str:
     """The model type of a module's config if FAMILIES has it, else an empty string."""
     family = getattr(getattr(module, "config", None), "model_type", None)
     return family if isinstance(family, str) and family in FAMILIES else ""
+
+
+def _stacks(model: nn.Module) -> list[Stack]:
+    """The stacks of a model of a known family."""
+    config: Any = model.config
+    stacks = FAMILIES[_family(model)]
+    if found := [stack for stack in stacks if stack.when is None or getattr(config, stack.when[0]) == stack.when[1]]:
+        return found
+    field, value = stacks[0].when  # type: ignore[misc]
+    raise ValueError(
+        f"no places known for model type {config.model_type!r} with {field}={getattr(config, field)!r}, only with "
+        f"{field}={value!r}; give places=, patterns of module names"
+    )
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -229,7 +322,7 @@ def _unmatched(model: nn.Module, pattern: str) -> ValueError:
 
 def _hidden_size(model: nn.Module, place: Place) -> int:
     """D, from the place's own modules: a model may have towers of several sizes, so its config cannot tell."""
-    for path in (place.norm, place.entry):
+    for path in (place.norm, place.entry, place.output):
         weight = getattr(model.get_submodule(path), "weight", None) if path else None
         if weight is not None and weight.dim() == 1:
             return weight.shape[0]
@@ -250,7 +343,8 @@ def find_norms(model: nn.Module) -> list[str]:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, nn.LayerNorm) or type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
+    by_name = type(module).__name__.endswith(("LayerNorm", "RMSNorm"))  # so end names of Wav2Vec2's encoders too
+    return isinstance(module, nn.LayerNorm) or (by_name and not any(True for _ in module.children()))
 
 
 def find_bodies(model: nn.Module, sites: list[Site]) -> list[str]:

@@ -11,8 +11,8 @@ import time
 import pytest
 import torch
 import transformers as hf
+from helpers_families import build, forward
 from helpers_tasks import STRONG, TOKENS, bert, logits, step
-from test_integrations import build, forward
 from torch import nn
 
 from adapter_ops import (

@@ -5,94 +5,32 @@ import re
 import pytest
 import torch
 import transformers as hf
+from helpers_families import MODELS, PARALLEL, PASSES, TOWERS, TOWERS_ALONE, build, each_family, forward, same
 from torch import nn
 
-from adapter_ops import load_adapter, save_adapter
 from adapter_ops.models.config import AdapterConfig
 from adapter_ops.models.families import FAMILIES, Place, find_heads, find_norms, find_sites
 from adapter_ops.models.tasks import add_adapter, delete_adapter, set_active_adapter
 
-SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
-TEXT = SIZES | dict(vocab_size=50, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-MODERNBERT = TEXT | dict(cls_token_id=1, sep_token_id=2)
-DECODER = TEXT | dict(num_key_value_heads=1)
-IMAGE = dict(image_size=8, patch_size=4)
-TWO = dict(d_model=32, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=48, decoder_ffn_dim=48, vocab_size=50)
-TWO |= dict(encoder_attention_heads=2, decoder_attention_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-TWO |= dict(decoder_start_token_id=2, forced_eos_token_id=None)
-T5 = dict(d_model=32, d_ff=48, d_kv=12, num_layers=2, num_heads=2, vocab_size=50)
-WHISPER = TWO | dict(num_mel_bins=8, max_source_positions=6)
-DEBERTA = TEXT | dict(relative_attention=True, norm_rel_ebd="layer_norm", pos_att_type="p2c|c2p")
-DEBERTA |= dict(conv_kernel_size=3, conv_act="gelu")
-CLIP = dict(text_config=TEXT, vision_config=SIZES | IMAGE | dict(hidden_size=24), projection_dim=20)
-DISTILBERT = dict(dim=32, n_layers=2, n_heads=2, hidden_dim=48, vocab_size=50)
-
-ids = torch.arange(3, 17).view(2, 7)
-pixels = torch.linspace(-1, 1, 2 * 3 * 8 * 8).view(2, 3, 8, 8)
-IDS, BOTH = dict(input_ids=ids), dict(input_ids=ids, decoder_input_ids=ids + 5)
-SOUND = dict(input_features=torch.linspace(-1, 1, 2 * 8 * 12).view(2, 8, 12))
-
-# model_type: (model, fields of its config, inputs, heads)
-MODELS = {
-    "bert": (hf.BertForSequenceClassification, TEXT, IDS, ["classifier"]),
-    "roberta": (hf.RobertaForTokenClassification, TEXT, IDS, ["classifier"]),
-    "xlm-roberta": (hf.XLMRobertaForQuestionAnswering, TEXT, IDS, ["qa_outputs"]),
-    "camembert": (hf.CamembertForSequenceClassification, TEXT, IDS, ["classifier"]),
-    "electra": (hf.ElectraForSequenceClassification, TEXT | dict(embedding_size=16), IDS, ["classifier"]),
-    "deberta-v2": (hf.DebertaV2ForTokenClassification, DEBERTA, IDS, ["classifier"]),
-    "distilbert": (hf.DistilBertForSequenceClassification, DISTILBERT, IDS, ["pre_classifier", "classifier"]),
-    "modernbert": (hf.ModernBertForSequenceClassification, MODERNBERT, IDS, ["head", "classifier"]),
-    "gpt2": (hf.GPT2ForSequenceClassification, TEXT, IDS, ["score"]),
-    "llama": (hf.LlamaForCausalLM, DECODER, IDS, ["lm_head"]),
-    "mistral": (hf.MistralForCausalLM, DECODER, IDS, ["lm_head"]),
-    "qwen2": (hf.Qwen2ForSequenceClassification, DECODER, IDS, ["score"]),
-    "qwen3": (hf.Qwen3ForCausalLM, DECODER | dict(head_dim=12), IDS, ["lm_head"]),
-    "gemma": (hf.GemmaForCausalLM, DECODER | dict(head_dim=12), IDS, []),
-    "t5": (hf.T5ForConditionalGeneration, T5, BOTH, []),
-    "bart": (hf.BartForConditionalGeneration, TWO, BOTH, []),
-    "whisper": (hf.WhisperForConditionalGeneration, WHISPER, SOUND | dict(decoder_input_ids=ids), []),
-    "vit": (hf.ViTForImageClassification, SIZES | IMAGE, dict(pixel_values=pixels), ["classifier"]),
-    "clip": (hf.CLIPModel, CLIP, IDS | dict(pixel_values=pixels), []),
-}
-TOWERS = {"t5": 2, "bart": 2, "whisper": 2, "clip": 2}
-each_family = pytest.mark.parametrize("family", MODELS)
-
-
-pytestmark = pytest.mark.usefixtures("aten")
-
-
-def make(cls, fields):
-    config = cls.config_class(**fields)
-    if "tie_word_embeddings" in fields:
-        config.tie_word_embeddings = fields["tie_word_embeddings"]  # T5's constructor says True whatever it is given
-    return cls(config).eval()
-
-
-def build(family):
-    cls, fields, inputs, heads = MODELS[family]
-    return make(cls, fields), inputs, heads
-
-
-def forward(model, inputs):
-    """Every float tensor of the output."""
-    output = model(**inputs).to_tuple()
-    return [t for t in output if isinstance(t, torch.Tensor) and t.is_floating_point()]
-
-
-def same(a, b):
-    return len(a) == len(b) and all(map(torch.equal, a, b))
+pytestmark = [
+    pytest.mark.usefixtures("aten", "one_thread"),
+    pytest.mark.filterwarnings("ignore:.*outside the base belong to no head"),  # the bias of a tied head
+]
 
 
 def test_every_family_is_tested():
-    assert set(FAMILIES) - {"clip_text_model", "clip_vision_model"} == set(MODELS)
+    assert set(FAMILIES) - TOWERS_ALONE == {name.split()[0] for name in MODELS}
 
 
 @each_family
 def test_sites_stand_around_the_skip_connection(family):
-    """h and r at every place: called once a forward, of the stated size, and the model goes on with h + r."""
+    """h and r at every place: called once a forward, of the stated size, and the model goes on with h + r.
+
+    Where there is no entry to tell r, `test_layers_by_hand` in test_families.py has to do.
+    """
     model, inputs, _ = build(family)
     sites = find_sites(model)
-    assert len(sites) == len({site.name for site in sites}) == 2 * 2 * TOWERS.get(family, 1)
+    assert len(sites) == len({site.name for site in sites}) == 2 * 2 * TOWERS.get(family, 1) // PASSES.get(family, 1)
     came, went, calls = {}, {}, []
 
     def before(path):
@@ -113,26 +51,32 @@ def test_sites_stand_around_the_skip_connection(family):
         module.register_forward_hook(after(path))
     with torch.no_grad():
         model(**inputs)
-    tensors = [t for t in [*came.values(), *went.values()] if isinstance(t, torch.Tensor)]
+    tensors = [
+        t.flatten(0, -2) for t in [*came.values(), *went.values()] if isinstance(t, torch.Tensor) and t.dim() > 1
+    ]
     for site in sites:
-        assert calls.count(site.output) == 1
-        r, layer = came[site.entry], site.name.removesuffix("." + site.place)
-        total = went[site.output] + r
-        assert total.shape[-1] == site.hidden_size
-        assert any(torch.equal(t, total) for t in tensors), site.name
+        assert calls.count(site.output) == PASSES.get(family, 1)
+        assert went[site.output].shape[-1] == site.hidden_size
+        if site.entry is None:
+            continue
+        layer = site.name.removesuffix("." + site.place)
+        added = [s for s in sites if s.name.startswith(layer + ".")] if family in PARALLEL else [site]
+        total, r = sum(went[s.output] for s in added) + came[site.entry], came[site.entry]
+        assert any(torch.equal(t, total.flatten(0, -2)) for t in tensors), site.name
         if site.norm is not None:
-            assert torch.equal(came[site.norm], total)
-        if site.place == "attention":  # the first sublayer; the last is ffn
+            assert torch.equal(came[site.norm].view_as(total), total)
+        if site.place == "attention" or family in PARALLEL:  # the first sublayer; the last is ffn
             assert torch.equal(r, came[layer])
-        else:
-            assert torch.equal(went[layer], total if site.norm is None else went[site.norm])
+        if site.place == "ffn":
+            last = total if site.norm is None else went[site.norm]
+            assert torch.equal(went[layer], last.view_as(went[layer]))
 
 
 @each_family
 def test_bare_base_has_the_same_sites_and_no_head(family):
     model, _, heads = build(family)
     bare = hf.AutoModel.from_config(model.config)
-    prefix = "" if family in ("t5", "clip") else model.base_model_prefix + "."
+    prefix = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
     assert [prefix + site.name for site in find_sites(bare)] == [site.name for site in find_sites(model)]
     assert find_heads(bare) == [] and find_heads(model) == heads
 
@@ -141,6 +85,7 @@ def test_bare_base_has_the_same_sites_and_no_head(family):
 def test_base_comes_back_to_the_bit(family):
     """Without an active adapter, with one whose up-projection is zero, and after deletion."""
     model, inputs, _ = build(family)
+    model.requires_grad_(False)  # where weights require gradients, PyTorch may round a product otherwise
     keys = list(model.state_dict())
     with torch.no_grad():
         base = forward(model, inputs)
@@ -183,44 +128,6 @@ def test_every_adapter_counts(family):
             weight.normal_()
             assert not same(forward(model, inputs), base), site
             weight.zero_()
-
-
-@each_family
-@pytest.mark.parametrize("preset", ["pfeiffer", "parallel", "adapter_plus"])
-def test_presets_run(family, preset):
-    model, inputs, _ = build(family)
-    base = [t.detach() for t in forward(model, inputs)]
-    add_adapter(model, "t", preset)
-    with torch.no_grad():
-        for layer in model.adapter_ops.task("t").layer_at.values():
-            layer.bottlenecks[0].up.weight.normal_()
-    output = forward(model, inputs)
-    assert all(t.isfinite().all() for t in output) and not same(output, base)
-    sum(t.square().sum() for t in output).backward()
-    assert all(p.grad is not None for n, p in model.named_parameters() if ".adapters." in n)
-
-
-@pytest.mark.parametrize(
-    "cls, fields, layers, heads",
-    [
-        (hf.BertForMaskedLM, TEXT, 2, ["cls.predictions.transform"]),  # its decoder is tied to the embeddings
-        (hf.BertForMaskedLM, TEXT | dict(tie_word_embeddings=False), 2, ["cls"]),
-        (hf.GPT2LMHeadModel, TEXT, 2, []),
-        (hf.LlamaForCausalLM, DECODER | dict(tie_word_embeddings=True), 2, []),
-        (hf.T5ForConditionalGeneration, T5 | dict(tie_word_embeddings=False), 4, ["lm_head"]),
-        (hf.T5ForQuestionAnswering, T5, 4, ["qa_outputs"]),
-        (hf.T5ForTokenClassification, T5, 2, ["classifier"]),
-        (hf.T5EncoderModel, T5, 2, []),
-        (hf.BartForSequenceClassification, TWO, 4, ["classification_head"]),
-        (hf.WhisperForAudioClassification, WHISPER, 2, ["projector", "classifier"]),
-        (hf.CLIPTextModel, TEXT, 2, []),
-        (hf.CLIPVisionModel, SIZES | IMAGE, 2, []),
-        (hf.CLIPForImageClassification, CLIP, 2, ["classifier"]),
-    ],
-)
-def test_sites_and_heads_of_other_classes(cls, fields, layers, heads):
-    model = make(cls, fields)
-    assert len(find_sites(model)) == 2 * layers and find_heads(model) == heads
 
 
 class Block(nn.Module):
@@ -321,22 +228,6 @@ def test_shared_parameters_of_a_head_stay_shared():
     copy = model.adapter_ops.task("t").copy_at["classifier"]
     assert copy[1].weight is copy[0].weight and copy[1].weight.requires_grad
     assert copy[0].weight is not model.classifier[0].weight
-
-
-@each_family
-def test_reload_into_a_fresh_base(family, tmp_path):
-    model, inputs, _ = build(family)
-    base = {k: t.clone() for k, t in model.state_dict().items()}
-    add_adapter(model, "t", AdapterConfig(bottleneck=4, init_std=0.2))
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p += 0.1 * torch.randn_like(p)
-        save_adapter(model, tmp_path, "t")
-        fresh, _, _ = build(family)
-        fresh.load_state_dict(base)
-        load_adapter(fresh, tmp_path)
-        assert same(forward(fresh, inputs), forward(model, inputs))
 
 
 def test_a_place_that_is_never_called():

@@ -11,8 +11,8 @@ import weakref
 import pytest
 import torch
 import transformers as hf
+from helpers_families import DECODER, T5, TEXT, TWO, make
 from helpers_tasks import STRONG, TOKENS, bert, logits
-from test_integrations import DECODER, T5, TEXT, TWO, make
 from torch import nn
 
 from adapter_ops import (
