@@ -59,6 +59,10 @@ class BottleneckAdapter(nn.Module):
     near the identity. `down` and `up` hold parameters only: they are not called, so hooks on them do not run, but for
     those with which accelerate loads parameters that it has offloaded.
 
+    The logger "adapter_ops" says which backend runs, and why, once for each backend and all adapters of the same sizes,
+    dtype and device: at WARNING where CUDA tensors fall back from the kernels, else at INFO. Set its level before the
+    first call, since calls like one that was made before do not come to it.
+
     Args:
         hidden_size: D.
         bottleneck_size: R, at least 1.

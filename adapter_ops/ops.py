@@ -5,9 +5,10 @@ backend's forward and backward; torch.compile and torch.export see two opaque op
 everywhere, differentiates the reference formula.
 """
 
+import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from .kinds import Kinds, present, settings_of
 Run = Callable[..., Tensor]
 RUNS: Kinds[tuple[Run, str]] = Kinds()  # of eager calls
 OP_CALLS: Kinds[tuple[CPUCalls | KernelCalls, str]] = Kinds()  # of the ops that torch.compile and torch.export see
+logger = logging.getLogger(__package__)
+_told: dict[Hashable, object] = {}  # what was logged, so that it is logged once
 _grad_enabled, _strided = torch.is_grad_enabled, torch.strided
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
@@ -88,6 +91,7 @@ def adapter(
             # An exported program leaves the choice to the op, which makes it where the program runs.
             exporting = torch.compiler.is_exporting()
             if x.is_cuda and not exporting and not backend.may_run_kernels(x, weights.w_down, options):
+                _tell_traced(x.device, options.dtype)
                 return _reference(options)(x, residual, *weights)
             return forward_op(x, residual, *weights, *options, torch.is_grad_enabled())[0]
         # A tensor that has left the torch.func transform it belonged to is a wrapper without memory of its own.
@@ -96,12 +100,45 @@ def adapter(
         shaped = rows(x), None if residual is None else rows(residual)
         found = backend.choose(*shaped, weights, options, tuning)
     require(found)
+    _tell(found, x, weights.w_down, options.dtype)
     run = _run(found, x, options, tuning)
     if ordinary_call and tuning is UNTUNED:
         given = scale if weights.scale is None else weights.scale
         settings = settings_of(x, residual, weights.b_down, weights.b_up, given, activation)
         RUNS.keep(settings, present((x, residual, *weights)), (run, found.name))
     return run(x, residual, *weights)
+
+
+def _tell(found: Backend, x: Tensor, w_down: Tensor, dtype: torch.dtype) -> None:
+    """Logs which backend runs adapters of these sizes, and why: once, and as a warning where a GPU's kernels do not.
+
+    Only calls of a new kind come here. While a call is traced nothing runs yet, and its sizes may be no numbers.
+    """
+    if torch.compiler.is_compiling() or not all(type(size) is int for size in w_down.shape):
+        return
+    (R, D), fallback = w_down.shape, x.is_cuda and found.name != "triton"
+    takes = "falls back from the kernels to" if fallback else "takes"
+    _log_once(
+        logging.WARNING if fallback else logging.INFO,
+        (x.device, dtype, D, R, found.name),
+        f"An adapter with D={D} and R={R} {takes} the backend {found.name!r} for {dtype} on {x.device}: {found.reason}",
+    )
+
+
+def _tell_traced(device: torch.device, dtype: torch.dtype) -> None:
+    """`_tell` of a call that torch.compile traces, whose sizes may be symbols."""
+    reason = "no kernel was measured to be faster at its sizes"
+    text = f"torch.compile takes PyTorch's own operations for an adapter in {dtype} on {device}: {reason}"
+    _log_once(logging.WARNING, (device, dtype, "compiled"), text)
+
+
+_tell_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]  # called while it is traced
+
+
+def _log_once(level: int, key: Hashable, text: str) -> None:
+    mine = object()
+    if logger.isEnabledFor(level) and _told.setdefault(key, mine) is mine:
+        logger.log(level, "%s. This is logged once; adapter_ops.explain answers for each call.", text)
 
 
 def _run(found: Backend, x: Tensor, options: Options, tuning: Tuning) -> Run:
@@ -264,6 +301,7 @@ def _op_calls(x: Tensor, residual: Tensor | None, weights: Weights, options: Opt
         shaped = rows(x), None if residual is None else rows(residual)
         found = backend.choose(*shaped, weights, options)
         require(found)
+        _tell(found, x, weights.w_down, options.dtype)
         known_calls = _calls(found, x, options), found.name
         OP_CALLS.keep(settings, tensors, known_calls)
     return known_calls[0]
