@@ -21,7 +21,7 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/mypy
 
 bench: $(VENV)/.installed
-	$(RUN) -W ignore -m bench
+	$(RUN) -W ignore -m bench speed
 
 static: $(VENV)/.installed
 	$(RUN) -W ignore -m bench static $(ARGS)
