@@ -5,7 +5,8 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 
-# bench/ and tests/ are in a checkout and in the sdist, and not in a wheel. This is what they need, all of it.
+# bench/ and tests/ are in a checkout and in the sdist, and not in a wheel. This is what they need, but for the demo's
+# model, which the Makefile installs without what it depends on.
 test = [
     *("pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "setuptools", "ruff", "mypy"),
     *("numpy", "transformers>=5", "accelerate", "matplotlib", "tqdm", "datasets", "scikit-learn", "scipy"),
