@@ -8,12 +8,10 @@ from torch import nn
 
 from ..wrappers import around, holders, unwrap
 from .context import Selection
-from .families import (
-    Place,
-    Site,
-)
+from .families import Place
 from .hooks import Bound, Frame, Root, Slot, Switch
 from .parameters import Task, key_of
+from .sites import Site
 
 LOCK = threading.RLock()  # of every change to which tasks a model has
 

@@ -9,18 +9,12 @@ from torch import nn
 from ..wrappers import holder_of, unwrap
 from .adapters import Adapters, find_adapters, root_of
 from .config import PRESETS, AdapterConfig
-from .families import (
-    Place,
-    Site,
-    base_modules,
-    find_models,
-    find_norms,
-    find_sites,
-)
+from .families import Place
 from .hooks import Bound
 from .layers import AdapterLayer
 from .parameters import Labels, Task, beside, copy_modules, key_of, output_of
 from .sharding import reshard, shard_like
+from .sites import Site, base_modules, find_models, find_norms, find_sites
 
 
 def preset(config: AdapterConfig | str) -> AdapterConfig:

@@ -17,9 +17,10 @@ from . import files
 from .adapters import LOCK, adapters_of, root_of
 from .building import attach, build, check_new, labels_of, plan
 from .config import AdapterConfig
-from .families import Place, Site, base_modules, base_parameters, find_bodies, find_models
+from .families import Place
 from .parameters import Labels, Task, beside, output_of, resize
 from .sharding import fill, full, one_writer, reshard
+from .sites import Site, base_modules, base_parameters, find_bodies, find_models
 from .tasks import train_adapter
 
 _DIGEST_TENSORS, _DIGEST_ELEMENTS = 8, 4096

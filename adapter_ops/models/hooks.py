@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from .context import Selection
-from .families import Site
 from .layers import AdapterLayer
+from .sites import Site
 
 
 class _Frames(threading.local):

@@ -11,10 +11,10 @@ from torch import nn
 from ..functional import DTYPES
 from ..wrappers import loaded, runs_on
 from .config import AdapterConfig
-from .families import Site
 from .hooks import Bound, Slot
 from .layers import AdapterLayer
 from .sharding import check_shardable, unshard_copies
+from .sites import Site
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 

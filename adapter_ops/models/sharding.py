@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .families import base_modules, base_parameters
+from .sites import base_modules, base_parameters
 
 
 def _sharded(model: nn.Module) -> list[Any]:

@@ -20,14 +20,10 @@ from ..wrappers import holders, is_data_parallel, unwrap
 from .adapters import LOCK, Adapters, adapters_of, find_adapters, root_of
 from .building import attach, build, check_new, plan, preset
 from .config import AdapterConfig
-from .families import (
-    Place,
-    base_parameters,
-    find_frozen,
-    find_heads,
-)
+from .families import Place
 from .parameters import Labels, Task, key_of
 from .sharding import reshard
+from .sites import base_parameters, find_frozen, find_heads
 
 
 def add_adapter(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from adapter_ops import AdapterConfig, add_adapter
-from adapter_ops.models.families import find_norms, find_sites
+from adapter_ops.models.sites import find_norms, find_sites
 
 if TYPE_CHECKING:
     from .finetune import Classifier

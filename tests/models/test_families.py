@@ -29,7 +29,8 @@ from helpers_families import (
 
 from adapter_ops import load_adapter, save_adapter, using_adapter
 from adapter_ops.models.config import AdapterConfig
-from adapter_ops.models.families import Place, find_heads, find_sites
+from adapter_ops.models.families import Place
+from adapter_ops.models.sites import find_heads, find_sites
 from adapter_ops.models.tasks import add_adapter
 
 pytestmark = [

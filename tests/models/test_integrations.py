@@ -9,7 +9,8 @@ from helpers_families import MODELS, PARALLEL, PASSES, TOWERS, TOWERS_ALONE, bui
 from torch import nn
 
 from adapter_ops.models.config import AdapterConfig
-from adapter_ops.models.families import FAMILIES, Place, find_heads, find_norms, find_sites
+from adapter_ops.models.families import FAMILIES, Place
+from adapter_ops.models.sites import find_heads, find_norms, find_sites
 from adapter_ops.models.tasks import add_adapter, delete_adapter, set_active_adapter
 
 pytestmark = [

@@ -24,7 +24,8 @@ from adapter_ops import (
     train_adapter,
     using_adapter,
 )
-from adapter_ops.models.families import Place, find_heads, find_sites
+from adapter_ops.models.families import Place
+from adapter_ops.models.sites import find_heads, find_sites
 
 pytestmark = pytest.mark.usefixtures("aten")
 

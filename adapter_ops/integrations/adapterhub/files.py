@@ -23,9 +23,9 @@ from ...functional import DTYPES
 from ...models.adapters import LOCK, adapters_of, root_of
 from ...models.building import attach, build, check_new, plan
 from ...models.config import AdapterConfig
-from ...models.families import Site, find_sites
 from ...models.files import alive, host, kind_of
 from ...models.sharding import full, one_writer, reshard
+from ...models.sites import Site, find_sites
 from ...models.strict_json import check, parse
 from ...models.tasks import train_adapter
 from .config import read_config, write_config
