@@ -39,12 +39,12 @@ def add_adapter(
     The model's first task is to be added while no other thread calls the model; further ones may be at any time.
 
     Args:
-        model: a transformers model of a family in `integrations.transformers.FAMILIES`, a module that contains one, or
+        model: a transformers model of a family in `models.families.FAMILIES`, a module that contains one, or
             any module with `places`; also as torch.compile, DistributedDataParallel, FSDP2 or PEFT return it.
         name: of the task; letters, digits, "-", "_" and ".".
         config: an AdapterConfig or the name of a preset: "houlsby", "pfeiffer", "parallel", "adapter_plus".
         modules: paths of further modules that belong to the task, such as its head; by default all that stand on top
-            of the base model (see `integrations.transformers.find_heads`). The task gets a copy of each.
+            of the base model (see `models.sites.find_heads`). The task gets a copy of each.
         places: see `find_sites`; the model's first adapter decides for all that follow.
 
     Raises:

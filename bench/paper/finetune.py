@@ -57,7 +57,7 @@ def model_name(name: str | None) -> str:
 class Classifier(nn.Module):
     """An encoder, the mean of its token vectors, and a linear layer: what MiniLM was trained to feed."""
 
-    base_model_prefix = "encoder"  # what is not the encoder belongs to the task (integrations.transformers.find_heads)
+    base_model_prefix = "encoder"  # what is not the encoder belongs to the task (models.sites.find_heads)
 
     def __init__(self, encoder: nn.Module, outputs: int) -> None:
         super().__init__()
