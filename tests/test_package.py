@@ -199,7 +199,7 @@ def test_an_unpacked_sdist_runs_its_tests(sdist, tmp_path):
         wanted = [path for path in listed if ".partial" not in path.name and path.suffix not in (".pyc", ".lock")]
         assert wanted and [path for path in wanted if not (site / path).is_file()] == []
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_functional.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops/test_functional.py"],
         cwd=site,
         env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
         capture_output=True,
