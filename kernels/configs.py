@@ -136,9 +136,9 @@ FEW_ROWS: dict[int, dict[str, dict[int, Config]]] = {
     },
 }
 
-# RAGGED[bytes an element][kernel] takes precedence where rows of D or R elements do not all start at multiples of 16
-# bytes. Every element then has an address of its own, and larger tiles have no registers left. What an H200 has run
-# stays as it is: R up to 128 in the kernels of TABLE[9, 2] that it timed.
+# RAGGED[bytes an element][kernel] takes precedence over both, but for tiles of 16 rows, where rows of D or R elements do
+# not all start at multiples of 16 bytes. Every element then has an address of its own, and larger tiles have no
+# registers left. What an H200 has run stays as it is: R up to 128 in the kernels of TABLE[9, 2] that it timed.
 RAGGED: dict[int, dict[str, Config]] = {
     2: {
         "fused": Config(64, 64, 8, 2),
@@ -243,13 +243,14 @@ def tiles(kernel: str, p: Problem) -> Config:
 def _tiles(kernel: str, M: int, D: int, R: int, itemsize: int, capability: tuple[int, int]) -> Config:
     if kernel == "dx":
         kernel = "expand"
-    few = FEW_ROWS[itemsize].get(kernel, {})
-    limit = min((m for m in few if m >= M), default=None)
-    if limit:
-        return fit(few[limit], D, R)
     card = generation(capability)
     timed = card == 9 and R <= 128 and kernel in ("fused", "dz", "dx_dw")
-    if (D % 8 or R % 8) and not timed and kernel in RAGGED[itemsize]:
+    ragged = (D % 8 or R % 8) and not timed and kernel in RAGGED[itemsize]
+    few = FEW_ROWS[itemsize].get(kernel, {})
+    limit = min((m for m in few if m >= M), default=None)
+    if limit and not (ragged and few[limit].BLOCK_M > 16):
+        return fit(few[limit], D, R)
+    if ragged:
         return fit(RAGGED[itemsize][kernel], D, R)
     rows = REDUCE if kernel == "reduce" else TABLE[card, itemsize][kernel]
     return fit(rows[min((r for r in rows if r >= R), default=max(rows))], D, R)
