@@ -136,8 +136,8 @@ FEW_ROWS: dict[int, dict[str, dict[int, Config]]] = {
     },
 }
 
-# RAGGED[bytes an element][kernel] takes precedence over both, but for tiles of 16 rows, where rows of D or R elements do
-# not all start at multiples of 16 bytes. Every element then has an address of its own, and larger tiles have no
+# RAGGED[bytes an element][kernel] takes precedence over both, but for tiles of 16 rows, where rows of D or R elements
+# do not all start at multiples of 16 bytes. Every element then has an address of its own, and larger tiles have no
 # registers left. What an H200 has run stays as it is: R up to 128 in the kernels of TABLE[9, 2] that it timed.
 RAGGED: dict[int, dict[str, Config]] = {
     2: {
