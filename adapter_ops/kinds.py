@@ -1,7 +1,8 @@
-"""What is known of a kind of call: calls are of one kind if their settings are equal and their tensors are alike.
+"""Remembers a value for each kind of call, so that calls of a kind that was checked before are not checked again.
 
-Tensors are alike if PyTorch's own guards, which torch.compile uses too, find no difference in class, dispatch keys
-(layout, autocast, inference mode, transforms and modes among them), dtype, device, sizes, strides and requires_grad.
+Two calls are of one kind if their settings are equal and PyTorch's guards, which torch.compile uses too, find no
+difference between their tensors. The guards compare class, dispatch keys (these tell layout, autocast, inference mode,
+transforms and dispatch modes), dtype, device, sizes, strides and requires_grad.
 """
 
 from collections.abc import Callable, Hashable
