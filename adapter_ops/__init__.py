@@ -10,7 +10,7 @@ if not Path(__path__[0], "kernels").is_dir():
 from .functional import bottleneck_adapter, explain
 from .models.checkpoint import load_adapter, load_task_state_dict, save_adapter, task_state_dict
 from .models.config import AdapterConfig
-from .models.families import Place
+from .models.families import SitePattern
 from .models.tasks import (
     active_adapter,
     adapter_summary,
@@ -29,7 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterConfig",
     "BottleneckAdapter",
-    "Place",
+    "SitePattern",
     "active_adapter",
     "adapter_summary",
     "add_adapter",

@@ -16,7 +16,7 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"This example needs the package {error.name}, which is not installed.")
 
-PLACES = {"attention": "blocks.*.attn", "ffn": "blocks.*.mlp"}
+SITES = {"attention": "blocks.*.attn", "ffn": "blocks.*.mlp"}
 
 
 def base() -> nn.Module:
@@ -39,7 +39,7 @@ def outputs(model: nn.Module) -> Tensor:
 model = base()
 test, wanted = images()
 before = outputs(model)
-add_adapter(model, "colours", AdapterConfig(bottleneck=16), places=PLACES, modules=["head"])
+add_adapter(model, "colours", AdapterConfig(bottleneck=16), sites=SITES, modules=["head"])
 adapter_summary(model)
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
 for _ in range(15):
@@ -52,7 +52,7 @@ accuracy = (after.argmax(-1) == wanted).float().mean()
 print(f"The colour of {accuracy:.0%} of {len(test)} images that were not trained on is told.")
 with TemporaryDirectory() as folder:
     save_adapter(model, folder, "colours")
-    load_adapter(fresh := base(), folder)  # The places are in the folder.
+    load_adapter(fresh := base(), folder)  # The sites are in the folder.
 with using_adapter(model, None):
     if accuracy < 0.7 or not (torch.equal(outputs(model), before) and torch.equal(outputs(fresh), after)):
         sys.exit("The task was not learned, or the loaded task or the base gives other outputs than before.")

@@ -10,7 +10,7 @@ import traceback
 import pytest
 import torch
 import torch.distributed as dist
-from helpers_models import CONFIG, PLACES, tiny
+from helpers_models import CONFIG, SITES, tiny
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -29,7 +29,7 @@ def base(seed=0):
 
 def add(model, name, seed=0, config=CONFIG):
     torch.manual_seed(seed)
-    add_adapter(model, name, config, places=PLACES)
+    add_adapter(model, name, config, sites=SITES)
 
 
 def with_tasks(seed=0):

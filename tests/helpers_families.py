@@ -1,4 +1,4 @@
-"""A tiny random model of every family of transformers that has places, and what it is called with."""
+"""A tiny random model of every family of transformers that has sites, and what it is called with."""
 
 import pytest
 import torch

@@ -22,7 +22,7 @@ HEADER = {
         "digest": "00ff",
     },
     "modules": ["classifier", "pooler"],
-    "places": {"ffn": {"output": "output.dense", "entry": None, "norm": "output.LayerNorm"}},
+    "sites": {"ffn": {"output": "output.dense", "entry": None, "norm": "output.LayerNorm"}},
     "labels": {"num_labels": 2, "id2label": {"0": "no", "1": "ja, gewiß"}, "problem_type": None},
 }
 

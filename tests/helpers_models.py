@@ -5,7 +5,7 @@ import transformers as hf
 from torch import nn
 
 from adapter_ops import AdapterConfig
-from adapter_ops.models.families import Place
+from adapter_ops.models.families import SitePattern
 
 TEXT = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=40)
 IDS = torch.arange(3, 17).view(2, 7)
@@ -59,7 +59,10 @@ class Tiny(nn.Module):
         return self.head(self.norm(x).mean(1))
 
 
-PLACES = {"attention": Place("layers.*.mix", "layers.*.norm1"), "ffn": Place("layers.*.down", "layers.*.norm2")}
+SITES = {
+    "attention": SitePattern("layers.*.mix", "layers.*.norm1"),
+    "ffn": SitePattern("layers.*.down", "layers.*.norm2"),
+}
 
 
 def tiny(seed=0):

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..wrappers import around, holders, unwrap
 from .context import Selection
-from .families import Place
+from .families import SitePattern
 from .hooks import Bound, Frame, Root, Slot, Switch
 from .parameters import Task, key_of
 from .sites import Site
@@ -19,11 +19,11 @@ LOCK = threading.RLock()  # of every change to which tasks a model has
 class Adapters(nn.Module):
     """Everything this library puts into a model, as the child `adapter_ops`: the tasks, and what runs them."""
 
-    def __init__(self, model: nn.Module, sites: list[Site], places: Mapping[str, str | Place] | None) -> None:
+    def __init__(self, model: nn.Module, sites: list[Site], patterns: Mapping[str, str | SitePattern] | None) -> None:
         super().__init__()
         self.tasks = nn.ModuleDict()
         self.sites = sites
-        self.places = None if places is None else dict(places)
+        self.patterns = None if patterns is None else dict(patterns)
         self.selection = Selection()
         self._model = (model,)  # in a tuple, or it would be a child of its own child
         self.slots = {site.name: Slot(site, self.selection) for site in sites}

@@ -9,7 +9,7 @@ from torch import nn
 from ..wrappers import holder_of, unwrap
 from .adapters import Adapters, find_adapters, root_of
 from .config import PRESETS, AdapterConfig
-from .families import Place
+from .families import SitePattern
 from .hooks import Bound
 from .layers import AdapterLayer
 from .parameters import Labels, Task, beside, copy_modules, key_of, output_of
@@ -37,12 +37,14 @@ def check_new(model: nn.Module, name: str) -> None:
         raise ValueError(f"the model already has an adapter {name!r}; it has: {', '.join(found.names)}")
 
 
-def plan(model: nn.Module, config: AdapterConfig, places: Mapping[str, str | Place] | None = None) -> list[Site]:
+def plan(
+    model: nn.Module, config: AdapterConfig, patterns: Mapping[str, str | SitePattern] | None = None
+) -> list[Site]:
     """The model's sites, checked to serve `config`; see `add_adapter` for the errors."""
     found = find_adapters(model)
     if found is None:
         root = unwrap(model)
-        sites = find_sites(root, places)
+        sites = find_sites(root, patterns)
         if other := [path for path, m in base_modules(root) if isinstance(m.__dict__.get("forward"), Bound)]:
             raise ValueError(
                 f"{other[0]!r} runs the adapters of another model, which contains it too: add the task to that model, "
@@ -50,8 +52,8 @@ def plan(model: nn.Module, config: AdapterConfig, places: Mapping[str, str | Pla
             )
     else:
         sites = found.sites
-        if places is not None and find_sites(found.model, places) != sites:
-            raise ValueError(f"the model's adapters stand elsewhere than {dict(places)}: delete them first")
+        if patterns is not None and find_sites(found.model, patterns) != sites:
+            raise ValueError(f"the model's adapters stand elsewhere than {dict(patterns)}: delete them first")
     layers = {site.layer for site in sites}
     sizes = config.reduction_factor if config.bottleneck is None else config.bottleneck
     named = {int(n) for n in sizes if n != "default"} if isinstance(sizes, Mapping) else set()
@@ -60,10 +62,10 @@ def plan(model: nn.Module, config: AdapterConfig, places: Mapping[str, str | Pla
             raise ValueError(f"{field} names layers {unknown}, the model has {min(layers)} to {max(layers)}")
     for site in sites:
         reads = config.reads(site.norm is not None)
-        if site.entry is None and reads in ("input", "sum") and config.at(site.place, site.layer):
+        if site.entry is None and reads in ("input", "sum") and config.at(site.placement, site.layer):
             raise ValueError(
-                f"the place {site.name!r} has no entry, and this config (placement={config.placement!r}, "
-                f"ln_before={config.ln_before}) reads the sublayer's input: give Place(output, entry) in places"
+                f"the site {site.name!r} has no entry, and this config (placement={config.placement!r}, "
+                f"ln_before={config.ln_before}) reads the sublayer's input: give SitePattern(output, entry) in sites"
             )
     return sites
 
@@ -78,7 +80,7 @@ def build(
     own, norms = belongings(root, config, heads)
     layers = {}
     for site in sites:
-        if config.at(site.place, site.layer):
+        if config.at(site.placement, site.layer):
             where, dtype = beside(root, site)
             where = torch.device(device) if device else where
             layer = AdapterLayer(config, site.layer, site.hidden_size, where, dtype, has_norm=site.norm is not None)
@@ -89,12 +91,12 @@ def build(
 
 
 def attach(
-    model: nn.Module, name: str, task: Task, sites: list[Site], places: Mapping[str, str | Place] | None
+    model: nn.Module, name: str, task: Task, sites: list[Site], patterns: Mapping[str, str | SitePattern] | None
 ) -> None:
     """Makes a built task part of the model. Nothing in it can fail but a sharded model's process group."""
     root, found = root_of(model), find_adapters(model)
     shard_like(root, [*task.layer_at.values(), *task.copy_at.values()])
-    adapters = found or Adapters(root, sites, places)
+    adapters = found or Adapters(root, sites, patterns)
     for path in task.copy_at:
         adapters.switch(path)
     adapters.tasks[key_of(name)] = task
@@ -130,7 +132,7 @@ def belongings(
 
 
 def _check_apart(heads: Iterable[str], sites: list[Site]) -> None:
-    """Raises ValueError if a module of the task's own has a place of its adapters inside."""
+    """Raises ValueError if a module of the task's own has a site of its adapters inside."""
     for site in sites:
         for path in (site.output, site.entry, site.norm):
             if path is not None and (around := [head for head in heads if path.startswith(f"{head}.")]):

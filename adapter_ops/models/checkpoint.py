@@ -17,7 +17,7 @@ from . import files
 from .adapters import LOCK, adapters_of, root_of
 from .building import attach, build, check_new, labels_of, plan
 from .config import AdapterConfig
-from .families import Place
+from .families import SitePattern
 from .parameters import Labels, Task, beside, output_of, resize
 from .sharding import fill, full, one_writer, reshard
 from .sites import Site, base_modules, base_parameters, find_bodies, find_models
@@ -124,7 +124,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str) ->
         "base": _describe(root, adapters.sites, paths)
         | {"name": _base_name(root), "digest": _digest(root, adapters.sites, paths)},
         "modules": [paths.in_file(path) for path in task.heads],
-        "places": None if adapters.places is None else {k: _place(p) for k, p in adapters.places.items()},
+        "sites": None if adapters.patterns is None else {k: _pattern(p) for k, p in adapters.patterns.items()},
         "labels": None if labels is None else _labels(labels),
         "config": json.loads(task.config.to_json()),
     }
@@ -139,7 +139,7 @@ def load_adapter(
     name: str | None = None,
     *,
     modules: Iterable[str] | None = None,
-    places: Mapping[str, str | Place] | None = None,
+    sites: Mapping[str, str | SitePattern] | None = None,
     strict: bool = False,
     check_finite: bool = False,
 ) -> str:
@@ -150,7 +150,7 @@ def load_adapter(
         folder: what `save_adapter` wrote.
         name: of the task in this model; by default the one it was saved under.
         modules: which of the saved modules to take; by default all. `()` loads into a model without the head.
-        places: as in `add_adapter`; by default those that the task was saved with.
+        sites: as in `add_adapter`; by default those that the task was saved with.
         strict: whether another base than the task was trained on is an error and not a warning. The base's weights are
             compared by a digest of a few tensors, which also differs if the base was loaded in another dtype.
         check_finite: whether NaN or infinity among the weights is an error.
@@ -168,7 +168,7 @@ def load_adapter(
         UserWarning: the base has other weights than the one that the task was trained on, unless `strict`.
     """
     with LOCK:
-        return _load(model, folder, name, modules, places, strict, check_finite)
+        return _load(model, folder, name, modules, sites, strict, check_finite)
 
 
 def _load(
@@ -176,7 +176,7 @@ def _load(
     folder: str | os.PathLike[str],
     name: str | None,
     modules: Iterable[str] | None,
-    places: Mapping[str, str | Place] | None,
+    patterns: Mapping[str, str | SitePattern] | None,
     strict: bool,
     check_finite: bool,
 ) -> str:
@@ -194,9 +194,11 @@ def _load(
             config = AdapterConfig.from_json(json.dumps(header["config"]))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{folder}: {error}") from error
-        there = places
-        if there is None and header["places"] is not None:
-            there = {key: Place(*(place[f] for f in Place._fields)) for key, place in header["places"].items()}
+        there = patterns
+        if there is None and header["sites"] is not None:
+            there = {
+                key: SitePattern(*(paths[f] for f in SitePattern._fields)) for key, paths in header["sites"].items()
+            }
         sites = plan(model, config, there)
         paths = _Paths(root, sites)
         found, expected = _describe(root, sites, paths), header["base"]
@@ -206,7 +208,7 @@ def _load(
         heads = _choose(folder, header["modules"], wanted, paths)
         task = build(model, config, sites, heads, device="meta")
         new = _take_labels(folder, root, task, header["labels"])
-        built.update(task=task, sites=sites, places=there, paths=paths, new=new)
+        built.update(task=task, sites=sites, patterns=there, paths=paths, new=new)
         return {key: tuple(t.shape) for key, t in _live(task, paths).items()}
 
     saved = files.read(folder, limit=prepare)
@@ -222,7 +224,7 @@ def _load(
         for key, t in _live(task, built["paths"]).items():
             t.copy_(saved.tensors[key])
     name = saved.header["name"] if name is None else name
-    attach(model, name, task, built["sites"], built["places"])
+    attach(model, name, task, built["sites"], built["patterns"])
     train_adapter(model, name)
     return name
 
@@ -333,8 +335,8 @@ def _compare_bases(
     warnings.warn(f"{text}. strict=True makes this an error", stacklevel=6)
 
 
-def _place(place: str | Place) -> dict[str, str | None]:
-    return (Place(place) if isinstance(place, str) else place)._asdict()
+def _pattern(pattern: str | SitePattern) -> dict[str, str | None]:
+    return (SitePattern(pattern) if isinstance(pattern, str) else pattern)._asdict()
 
 
 def _labels(labels: Labels) -> dict[str, Any]:

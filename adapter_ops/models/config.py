@@ -6,11 +6,13 @@ import math
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ..kernels.activations import find_activation
 
-PLACES = ("attention", "ffn")
+Placement = Literal["attention", "ffn"]
+Preset = Literal["houlsby", "pfeiffer", "parallel", "adapter_plus"]
+PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 _LARGEST, _DEEPEST = 1 << 20, 64  # what is over these is a mistake, or a file that would fill the memory
 
 
@@ -52,7 +54,7 @@ class AdapterConfig:
 
     bottleneck: int | Mapping[str, int] | None = None
     reduction_factor: float | Mapping[str, float] | None = None
-    placement: tuple[str, ...] | Literal["parallel"] = PLACES
+    placement: tuple[Placement, ...] | Literal["parallel"] = PLACEMENTS
     activation: str = "gelu"
     scale: float | Literal["learned", "channel"] = 1.0
     init: Literal["houlsby", "bert", "mam"] = "houlsby"
@@ -85,9 +87,9 @@ class AdapterConfig:
             elif name != "scale":
                 raise ValueError(f"{name} is {value!r}, expected a finite number")
         if self.placement != "parallel":
-            places = self._as_tuple("placement", str)
-            if not places or not set(places) <= set(PLACES):
-                raise ValueError(f"placement is {self.placement!r}, known: some of {PLACES}, or 'parallel'")
+            placement = self._as_tuple("placement", str)
+            if not placement or not set(placement) <= set(PLACEMENTS):
+                raise ValueError(f"placement is {self.placement!r}, known: some of {PLACEMENTS}, or 'parallel'")
         self._as_tuple("leave_out", int)
         if not isinstance(self.activation, str):
             raise ValueError(f"activation is {self.activation!r}, expected a name")
@@ -139,7 +141,7 @@ class AdapterConfig:
         """Makes a tuple of a field, since JSON has lists only."""
         value = getattr(self, name)
         if not isinstance(value, (list, tuple)) or not all(type(item) is kind for item in value):
-            what = "names of places" if kind is str else "numbers of layers"
+            what = "names of placements" if kind is str else "numbers of layers"
             raise ValueError(f"{name} is {value!r}, expected a tuple of {what}")
         object.__setattr__(self, name, tuple(value))
         return tuple(value)
@@ -160,10 +162,10 @@ class AdapterConfig:
             )
         return max(1, int(quotient))
 
-    def at(self, place: str, layer: int) -> bool:
-        """Whether a layer has an adapter at a place."""
-        places = ("ffn",) if self.placement == "parallel" else self.placement
-        return place in places and layer not in self.leave_out
+    def at(self, placement: Placement, layer: int) -> bool:
+        """Whether a layer has an adapter at a placement."""
+        own = ("ffn",) if self.placement == "parallel" else self.placement
+        return placement in own and layer not in self.leave_out
 
     def reads(self, has_norm: bool) -> Literal["output", "input", "sum", "norm"]:
         """What an adapter of this config reads at a site: the sublayer's output h, its input r, their sum h + r, or
@@ -202,7 +204,7 @@ def _of_layer(value: Any, layer: int) -> Any:
 
 
 # The paper's adapter, and AdapterHub's configs of the same names (seq_bn, par_bn and adapter_plus in its newer ones).
-PRESETS = {
+PRESETS: dict[Preset, AdapterConfig] = {
     "houlsby": AdapterConfig(bottleneck=64),
     "pfeiffer": AdapterConfig(
         reduction_factor=16,

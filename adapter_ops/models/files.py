@@ -45,7 +45,7 @@ _HEADER = {
         "digest": (str, None),
     },
     "modules": [str],
-    "places": ({str: {"output": str, "entry": (str, None), "norm": (str, None)}}, None),
+    "sites": ({str: {"output": str, "entry": (str, None), "norm": (str, None)}}, None),
     "labels": ({"num_labels": int, "id2label": ({str: str}, None), "problem_type": (str, None)}, None),
 }
 _ENTRY = {"dtype": str, "shape": [int], "data_offsets": [int]}

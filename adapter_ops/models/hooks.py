@@ -1,6 +1,6 @@
 """What runs a task inside a base model whose modules stay as they are.
 
-Hooks at a place (`Slot`) run the task's adapter there. Where a task may have a copy of a LayerNorm or of a head, or
+Hooks at a site (`Slot`) run the task's adapter there. Where a task may have a copy of a LayerNorm or of a head, or
 where a sublayer's input has to reach its output, a callable stands as the `forward` of one module (`Bound`). Each asks
 its `Selection` which task this call runs. What a call has to remember is kept in a frame of that call and thread
 (`_FRAMES`), never on a module.

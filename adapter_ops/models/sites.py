@@ -7,58 +7,61 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .families import FAMILIES, Place, Stack
+from .config import PLACEMENTS, Placement
+from .families import FAMILIES, SitePattern, Stack
 
 
 class Site(NamedTuple):
-    """One place in one layer of one model: full module paths, and the size of what passes there."""
+    """Where one adapter stands in one layer of one model: full module paths, and the size of what passes there."""
 
     name: str
     layer: int
-    place: str  # "attention" or "ffn"
+    placement: Placement
     output: str
     entry: str | None
     norm: str | None
     hidden_size: int
 
 
-def find_sites(model: nn.Module, places: Mapping[str, str | Place] | None = None) -> list[Site]:
-    """Every place of the model that can take an adapter, in the order of its modules.
+def find_sites(model: nn.Module, patterns: Mapping[str, str | SitePattern] | None = None) -> list[Site]:
+    """The sites of a model, in the order of its modules.
 
     Args:
-        model: of a family in FAMILIES, or any module if `places` are given.
-        places: "attention", "ffn" or both → a pattern of the output's module name, or a Place of patterns. A pattern
-            is the end of a module's path with `*` for the number of the layer: "blocks.*.attn.proj".
+        model: of a family in FAMILIES, or any module if `patterns` are given.
+        patterns: what is `sites` in `add_adapter`: "attention", "ffn" or both → a pattern of the output's module name,
+            or a SitePattern. A pattern is the end of a module's path with `*` for the number of the layer:
+            "blocks.*.attn.proj".
 
     Raises:
-        ValueError: a model of no known family, or of one with a config that its places do not cover, without `places`;
-            a key other than these two; a pattern without `*`, with two, or that no module matches; a place that is
-            never called or whose hidden size cannot be told.
+        ValueError: a model of no known family, or of one with a config that its entry does not cover, without
+            `patterns`; a key other than these two; a pattern without `*`, with two, or that no module matches; a module
+            that is never called or whose hidden size cannot be told.
     """
-    if places is not None:
-        if not places or not set(places) <= {"attention", "ffn"}:
-            raise ValueError(f"places has keys {list(places)}, expected 'attention', 'ffn' or both")
-        patterns = {name: Place(p) if isinstance(p, str) else p for name, p in places.items()}
-        if wrong := [name for name, place in patterns.items() if not isinstance(place, Place)]:
-            raise ValueError(f"places[{wrong[0]!r}] is {places[wrong[0]]!r}, expected a pattern or a Place")
-        sites = _match(model, patterns)
-        for name in set(patterns) - {site.place for site in sites}:
-            raise _unmatched(model, patterns[name].output)
+    if patterns is not None:
+        if not patterns or not set(patterns) <= set(PLACEMENTS):
+            raise ValueError(f"sites has keys {list(patterns)}, expected 'attention', 'ffn' or both")
+        given = {name: patterns[name] for name in PLACEMENTS if name in patterns}
+        full = {name: SitePattern(p) if isinstance(p, str) else p for name, p in given.items()}
+        if wrong := [name for name, pattern in full.items() if not isinstance(pattern, SitePattern)]:
+            raise ValueError(f"sites[{wrong[0]!r}] is {patterns[wrong[0]]!r}, expected a pattern or a SitePattern")
+        sites = _match(model, full)
+        for name in full.keys() - {site.placement for site in sites}:
+            raise _unmatched(model, full[name].output)
         return sites
     found = find_models(model)
     if not found:
         family = getattr(getattr(model, "config", None), "model_type", None)
         raise ValueError(
-            f"no places known for model type {family!r}; known: {', '.join(FAMILIES)}; "
-            "for any other model give places=, patterns of module names"
+            f"no sites known for model type {family!r}; known: {', '.join(FAMILIES)}; "
+            "for any other model give sites=, patterns of module names"
         )
     sites = []
     for path, inner in found.items():
         start = f"{path}." if path else ""
         for stack in _stacks(inner):
-            both = {"attention": stack.attention, "ffn": stack.ffn}
-            patterns = {n: Place._make(p and f"{stack.layers}.*.{p}" for p in place) for n, place in both.items()}
-            sites += _match(model, patterns, start)
+            below = {placement: getattr(stack, placement) for placement in PLACEMENTS}
+            full = {n: SitePattern._make(p and f"{stack.layers}.*.{p}" for p in paths) for n, paths in below.items()}
+            sites += _match(model, full, start)
     if not sites:
         inner = next(iter(found.values()))
         raise _unmatched(inner, _stacks(inner)[0].layers + ".*")
@@ -79,8 +82,8 @@ def _stacks(model: nn.Module) -> list[Stack]:
         return found
     field, value = stacks[0].when  # type: ignore[misc]
     raise ValueError(
-        f"no places known for model type {config.model_type!r} with {field}={getattr(config, field)!r}, only with "
-        f"{field}={value!r}; give places=, patterns of module names"
+        f"no sites known for model type {config.model_type!r} with {field}={getattr(config, field)!r}, only with "
+        f"{field}={value!r}; give sites=, patterns of module names"
     )
 
 
@@ -122,21 +125,21 @@ def find_models(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _match(model: nn.Module, places: Mapping[str, Place], start: str = "") -> list[Site]:
+def _match(model: nn.Module, patterns: Mapping[Placement, SitePattern], start: str = "") -> list[Site]:
     """The sites at the modules that patterns match, of those whose path begins with `start`."""
-    for pattern in (p for place in places.values() for p in place if p is not None):
-        if pattern.count("*") != 1:
-            raise ValueError(f"pattern {pattern!r} must hold one '*', for the number of the layer")
+    for path in (p for pattern in patterns.values() for p in pattern if p is not None):
+        if path.count("*") != 1:
+            raise ValueError(f"pattern {path!r} must hold one '*', for the number of the layer")
     paths = dict(base_modules(model))
     sites = []
     for path in paths:
         if not path.startswith(start):
             continue
-        for name, place in places.items():
-            before, after = map(re.escape, place.output.split("*"))
+        for name, pattern in patterns.items():
+            before, after = map(re.escape, pattern.output.split("*"))
             if match := re.fullmatch(rf"((?:.*\.)?)({before})(\d+){after}", path):
                 prefix, stack, layer = match.groups()
-                there = Place._make(p and prefix + p.replace("*", layer) for p in place)
+                there = SitePattern._make(p and prefix + p.replace("*", layer) for p in pattern)
                 if missing := [p for p in there if p and p not in paths]:
                     raise _unmatched(model, missing[0])
                 if isinstance(model.get_submodule(there.output.rpartition(".")[0]), nn.MultiheadAttention):
@@ -154,19 +157,19 @@ def _unmatched(model: nn.Module, pattern: str) -> ValueError:
     return ValueError(f"no module of {type(model).__name__} matches {pattern!r}; it has: {', '.join(near)}")
 
 
-def _hidden_size(model: nn.Module, place: Place) -> int:
-    """D, from the place's own modules: a model may have towers of several sizes, so its config cannot tell."""
-    for path in (place.norm, place.entry, place.output):
+def _hidden_size(model: nn.Module, paths: SitePattern) -> int:
+    """D, from the site's own modules: a model may have towers of several sizes, so its config cannot tell."""
+    for path in (paths.norm, paths.entry, paths.output):
         weight = getattr(model.get_submodule(path), "weight", None) if path else None
         if weight is not None and weight.dim() == 1:
             return weight.shape[0]
-    module = model.get_submodule(place.output)
+    module = model.get_submodule(paths.output)
     linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
     # The skip connection wants as many channels out as in; where the two ends disagree, the order tells nothing.
     if linears and (linears[0] is module or linears[0].in_features == linears[-1].out_features):
         return linears[-1].out_features
     raise ValueError(
-        f"cannot tell the hidden size at {place.output!r}: give the sublayer's last nn.Linear as its output, or the "
+        f"cannot tell the hidden size at {paths.output!r}: give the sublayer's last nn.Linear as its output, or the "
         "normalisation next to it as entry (in front) or norm (behind)"
     )
 

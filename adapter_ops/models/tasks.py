@@ -20,7 +20,7 @@ from ..wrappers import holders, is_data_parallel, unwrap
 from .adapters import LOCK, Adapters, adapters_of, find_adapters, root_of
 from .building import attach, build, check_new, plan, preset
 from .config import AdapterConfig
-from .families import Place
+from .families import SitePattern
 from .parameters import Labels, Task, key_of
 from .sharding import reshard
 from .sites import base_parameters, find_frozen, find_heads
@@ -32,7 +32,7 @@ def add_adapter(
     config: AdapterConfig | str = "houlsby",
     *,
     modules: Iterable[str] | None = None,
-    places: Mapping[str, str | Place] | None = None,
+    sites: Mapping[str, str | SitePattern] | None = None,
 ) -> None:
     """Puts a new task's adapters into the model and makes it the one that trains (see `train_adapter`).
 
@@ -40,16 +40,16 @@ def add_adapter(
 
     Args:
         model: a transformers model of a family in `models.families.FAMILIES`, a module that contains one, or
-            any module with `places`; also as torch.compile, DistributedDataParallel, FSDP2 or PEFT return it.
+            any module with `sites`; also as torch.compile, DistributedDataParallel, FSDP2 or PEFT return it.
         name: of the task; letters, digits, "-", "_" and ".".
         config: an AdapterConfig or the name of a preset: "houlsby", "pfeiffer", "parallel", "adapter_plus".
         modules: paths of further modules that belong to the task, such as its head; by default all that stand on top
             of the base model (see `models.sites.find_heads`). The task gets a copy of each.
-        places: see `find_sites`; the model's first adapter decides for all that follow.
+        sites: see `find_sites`; the model's first adapter decides for all that follow.
 
     Raises:
-        ValueError: a name that is taken or malformed, an unknown preset, model family or module, places other than
-            the first adapter's, a config that reads the sublayer's input where a place has no entry, a module that
+        ValueError: a name that is taken or malformed, an unknown preset, model family or module, sites other than
+            the first adapter's, a config that reads the sublayer's input where a site has no entry, a module that
             cannot be copied or trained, or an offloaded layer. The model is then as it was.
 
     Warns:
@@ -57,7 +57,7 @@ def add_adapter(
             a DistributedDataParallel wrapper, which does not know the new parameters.
     """
     with LOCK:
-        insert(model, name, config, modules, places)
+        insert(model, name, config, modules, sites)
         train_adapter(model, name)
 
 
@@ -66,17 +66,17 @@ def insert(
     name: str,
     config: AdapterConfig | str,
     modules: Iterable[str] | None = None,
-    places: Mapping[str, str | Place] | None = None,
+    sites: Mapping[str, str | SitePattern] | None = None,
 ) -> None:
     """`add_adapter` without the last step: the task is there, inactive and frozen, and nothing else has changed."""
     with LOCK:
         config = preset(config)
         check_new(model, name)
-        sites = plan(model, config, places)
+        found = plan(model, config, sites)
         root = root_of(model)
         if modules is None:
-            heads = find_heads(root, sites)
-            if frozen := find_frozen(root, sites, heads):
+            heads = find_heads(root, found)
+            if frozen := find_frozen(root, found, heads):
                 some = ", ".join(frozen[:4]) + (", …" if len(frozen) > 4 else "")
                 warnings.warn(
                     f"{len(frozen)} parameters outside the base belong to no head and stay frozen: {some}. "
@@ -85,8 +85,8 @@ def insert(
                 )
         else:
             heads = [modules] if isinstance(modules, str) else list(modules)
-        task = build(model, config, sites, heads)
-        attach(model, name, task, sites, places)
+        task = build(model, config, found, heads)
+        attach(model, name, task, found, sites)
 
 
 @contextlib.contextmanager

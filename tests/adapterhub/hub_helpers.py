@@ -127,9 +127,9 @@ def ours_as_hub(model, name, results):
     adapters = adapters_of(model)
     task = adapters.task(name)
     names = {}
-    for key, (place, ours) in files._keys(adapters.model, task.config, adapters.sites, name).items():
+    for key, (site, ours) in files._keys(adapters.model, task.config, adapters.sites, name).items():
         if "adapter_norm_before" not in key:
-            names[task.layer_at[place].get_parameter(ours)] = key
+            names[task.layer_at[site].get_parameter(ours)] = key
     own = {n: names[p] for n, p in model.named_parameters() if p in names}
     return {own.get(n, n): value for n, value in results.items()}
 

@@ -123,8 +123,8 @@ def test_unknown_families_and_places(folder):
     with pytest.raises(ValueError, match="'camembert'; known: bart, bert"):
         save_adapterhub(model, folder, "a")
     model = bert()
-    add_adapter(model, "b", AdapterConfig(layer_norms="frozen"), places={"ffn": "layer.*.output.dense"})
-    with pytest.raises(ValueError, match="places of its own"):
+    add_adapter(model, "b", AdapterConfig(layer_norms="frozen"), sites={"ffn": "layer.*.output.dense"})
+    with pytest.raises(ValueError, match="sites of its own"):
         save_adapterhub(model, folder, "b")
     with pytest.raises(ValueError, match="ffn' has no entry"):
         load_adapterhub(model, folder)

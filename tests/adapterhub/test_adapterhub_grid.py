@@ -29,7 +29,7 @@ WIRING = {
     "ln_after": (False, True),
     "adapter_residual_before_ln": (False, True),
 }
-PLACES = [("mh_adapter",), ("output_adapter",), ("mh_adapter", "output_adapter")]
+PLACEMENTS = [("mh_adapter",), ("output_adapter",), ("mh_adapter", "output_adapter")]
 
 
 class Models:
@@ -42,11 +42,11 @@ class Models:
         adapters.init(self.hub)
         self.inputs = {"inputs_embeds": torch.randn(4, 6, 32)}
 
-    def add_to_hub(self, places, **fields):
+    def add_to_hub(self, placement, **fields):
         """Gives AdapterHub's model a random adapter "a"; returns its results, or None where AdapterHub fails."""
         import adapters
 
-        there = {place: place in places for place in PLACES[-1]}
+        there = {place: place in placement for place in PLACEMENTS[-1]}
         config = adapters.BnConfig(reduction_factor=8, non_linearity="gelu", **there, **fields)
         self.hub.add_adapter("a", config=config, set_active=True)
         randomise(self.hub, "adapters.")
@@ -69,8 +69,8 @@ def models(request):
 
 
 def wirings(is_parallel):
-    for places, *values in itertools.product(PLACES, *WIRING.values()):
-        yield places, dict(zip(WIRING, values), is_parallel=is_parallel)
+    for placement, *values in itertools.product(PLACEMENTS, *WIRING.values()):
+        yield placement, dict(zip(WIRING, values), is_parallel=is_parallel)
 
 
 def differs(found, expected):
@@ -82,8 +82,8 @@ def differs(found, expected):
     return False
 
 
-# What comes of the 288 combinations of wiring and places. Of a parallel adapter AdapterHub looks at original_ln_after,
-# ln_before and ln_after alone.
+# What comes of the 288 combinations of wiring and placement. Of a parallel adapter AdapterHub looks at
+# original_ln_after, ln_before and ln_after alone.
 READ = {
     ("BertModel", False): {"same": 66, "refused": 174, "fails": 48},
     ("BertModel", True): {"same": 24, "refused": 264},
@@ -95,8 +95,8 @@ READ = {
 @pytest.mark.parametrize("is_parallel", [False, True])
 def test_reads_the_same_or_refuses(models, is_parallel, tmp_path):
     counts, wrong = Counter(), []
-    for places, fields in wirings(is_parallel):
-        expected = models.add_to_hub(places, **fields)
+    for placement, fields in wirings(is_parallel):
+        expected = models.add_to_hub(placement, **fields)
         models.hub.save_adapter(str(tmp_path / "a"), "a")
         models.hub.delete_adapter("a")
         if expected is None:
@@ -109,7 +109,7 @@ def test_reads_the_same_or_refuses(models, is_parallel, tmp_path):
             continue
         counts["same"] += 1
         if differs(models.our_results(), expected):
-            wrong.append((places, fields))
+            wrong.append((placement, fields))
         delete_adapter(models.ours, "a")
     assert not wrong
     assert counts == READ[type(models.ours).__name__, is_parallel]
@@ -156,12 +156,12 @@ def test_writes_the_same_or_refuses(models, tmp_path):
 @pytest.mark.parametrize("is_parallel", [False, True])
 def test_accelerate_changes_nothing(models, is_parallel):
     wrong = []
-    for places, fields in wirings(is_parallel):
-        expected = models.add_to_hub(places, **fields)
+    for placement, fields in wirings(is_parallel):
+        expected = models.add_to_hub(placement, **fields)
         if expected is not None:
             swaps = {swap.swapped for swap in accelerate(models.hub)}
             assert swaps == {not fields["ln_after"]}  # which has no fused form
             if differs(models.hub_results(), expected):
-                wrong.append((places, fields))
+                wrong.append((placement, fields))
         models.hub.delete_adapter("a")
     assert not wrong

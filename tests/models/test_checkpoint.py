@@ -178,10 +178,10 @@ DAMAGE = {
     "many labels": (edit_header(labels={"num_labels": 10**9}), ValueError, "has shape"),
     "no labels": (edit_header(labels={"num_labels": 0}), ValueError, "num_labels is 0"),
     "labels by name": (edit_header(labels={"id2label": {"x": "y"}}), ValueError, r"id2label has the keys \['x'\]"),
-    "odd places": (
-        edit_header(places={"mlp": {"output": "a.*", "entry": None, "norm": None}}),
+    "odd sites": (
+        edit_header(sites={"mlp": {"output": "a.*", "entry": None, "norm": None}}),
         ValueError,
-        "places has keys",
+        "sites has keys",
     ),
     "module twice": (edit_header(modules=["classifier", "classifier"]), None, ""),
     "ours as a head": (edit_header(modules=["adapter_ops"]), ValueError, r"no modules \['adapter_ops'\]"),
@@ -238,11 +238,11 @@ def test_any_module(tmp_path):
         torch.manual_seed(3)
         return nn.Sequential(nn.Linear(8, 8), nn.Sequential(*(nn.Sequential(nn.Linear(8, 8)) for _ in range(2))))
 
-    places = {"ffn": "1.*.0"}
+    sites = {"ffn": "1.*.0"}
     model, x = build(), torch.randn(4, 8)
-    add_adapter(model, "t", STRONG, places=places)
+    add_adapter(model, "t", STRONG, sites=sites)
     expected = model(x)
     save_adapter(model, tmp_path, "t")
     twin = build()
-    load_adapter(twin, tmp_path, places=places)
+    load_adapter(twin, tmp_path, sites=sites)
     assert torch.equal(twin(x), expected)

@@ -30,7 +30,7 @@ from adapter_ops import (
 )
 from adapter_ops.models import hooks
 from adapter_ops.models.context import _NOTHING
-from adapter_ops.models.families import Place
+from adapter_ops.models.families import SitePattern
 
 pytestmark = pytest.mark.usefixtures("aten")
 
@@ -299,7 +299,7 @@ def test_a_layer_that_calls_itself(config):
     """The inner call's input does not become the outer one's."""
     model = nn.Module()
     model.layers = nn.ModuleList([Twice()])
-    add_adapter(model, "t", config, places={"ffn": Place("layers.*.lin", "layers.*.norm")}, modules=())
+    add_adapter(model, "t", config, sites={"ffn": SitePattern("layers.*.lin", "layers.*.norm")}, modules=())
     layer, adapter = model.layers[0], model.adapter_ops.task("t").layer_at["layers.0.ffn"]
     with torch.no_grad():
         adapter.bottlenecks[0].up.weight.normal_()

@@ -26,7 +26,7 @@ from helpers_distributed import (
     values,
     with_tasks,
 )
-from helpers_models import CONFIG, PLACES
+from helpers_models import CONFIG, SITES
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -217,7 +217,7 @@ def _refused():
     with pytest.raises(ValueError, match="'head' was given to fully_shard by itself"):
         add(model, "a")
     assert set(model.state_dict()) == before and all(p.requires_grad for p in model.parameters())
-    add_adapter(model, "a", CONFIG, places=PLACES, modules=())  # as the error says
+    add_adapter(model, "a", CONFIG, sites=SITES, modules=())  # as the error says
     model = base()
     fully_shard(model.layers[0], mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "shards")))
     fully_shard(model, mesh=mesh)

@@ -151,12 +151,12 @@ def _adapterhub_writers(folder):
         torch.manual_seed(0)
         model = BertModel(BertConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, intermediate_size=8))
         add_adapter(model, "a", "pfeiffer")
-        place = f"{folder}/{'shared' if sharded else f'mine{rank}'}"
+        where = f"{folder}/{'shared' if sharded else f'mine{rank}'}"
         model = shard(model, layers=False) if sharded else model
         model(torch.ones(1, 3, dtype=torch.long))  # FSDP2 may keep gathered what is to be saved
-        save_adapterhub(model, place, "a")
+        save_adapterhub(model, where, "a")
         fresh = BertModel(model.config)
-        load_adapterhub(fresh, place)  # at once: it is in place in every process
+        load_adapterhub(fresh, where)  # at once: it is in place in every process
         saved = {n: whole(t) for n, t in model.named_parameters() if t.requires_grad and "adapters" in n}
         close({n: t for n, t in fresh.named_parameters() if t.requires_grad}, saved)
 

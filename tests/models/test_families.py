@@ -29,7 +29,7 @@ from helpers_families import (
 
 from adapter_ops import load_adapter, save_adapter, using_adapter
 from adapter_ops.models.config import AdapterConfig
-from adapter_ops.models.families import Place
+from adapter_ops.models.families import SitePattern
 from adapter_ops.models.sites import find_heads, find_sites
 from adapter_ops.models.tasks import add_adapter
 
@@ -108,12 +108,12 @@ def test_sites_and_heads_of_other_classes(cls, fields, layers, heads):
 
 def test_a_config_that_the_places_do_not_cover():
     model = make(hf.AlbertModel, ALBERT | dict(inner_group_num=2))
-    with pytest.raises(ValueError, match="'albert' with inner_group_num=2, only with inner_group_num=1; give places="):
+    with pytest.raises(ValueError, match="'albert' with inner_group_num=2, only with inner_group_num=1; give sites="):
         find_sites(model)
-    places = {
-        "ffn": Place("albert_layers.*.ffn_output", "albert_layers.*.ffn", "albert_layers.*.full_layer_layer_norm")
+    patterns = {
+        "ffn": SitePattern("albert_layers.*.ffn_output", "albert_layers.*.ffn", "albert_layers.*.full_layer_layer_norm")
     }
-    assert [site.layer for site in find_sites(model, places)] == [0, 1]
+    assert [site.layer for site in find_sites(model, patterns)] == [0, 1]
 
 
 GENERATORS = [name for name, (cls, *_) in MODELS.items() if cls.can_generate() and name != "whisper"]

@@ -32,18 +32,18 @@ FIELDS = {  # with their types in JSON
     "base.digest": {str, type(None)},
     "modules": {list},
     "modules.0": {str},
-    "places": {dict, type(None)},
-    "places.ffn": {dict},
-    "places.ffn.output": {str},
-    "places.ffn.entry": {str, type(None)},
-    "places.ffn.norm": {str, type(None)},
+    "sites": {dict, type(None)},
+    "sites.ffn": {dict},
+    "sites.ffn.output": {str},
+    "sites.ffn.entry": {str, type(None)},
+    "sites.ffn.norm": {str, type(None)},
     "labels": {dict, type(None)},
     "labels.num_labels": {int},
     "labels.id2label": {dict, type(None)},
     "labels.id2label.0": {str},
     "labels.problem_type": {str, type(None)},
 }
-IN_MAPS_AND_LISTS = {"base.hidden_sizes.0", "base.layers.encoder", "modules.0", "places.ffn", "labels.id2label.0"}
+IN_MAPS_AND_LISTS = {"base.hidden_sizes.0", "base.layers.encoder", "modules.0", "sites.ffn", "labels.id2label.0"}
 
 
 def holder(header: dict, path: str):

@@ -37,7 +37,7 @@ def test_houlsby_trains_adapters_layer_norms_and_head_and_nothing_else():
 
 
 def test_adapters_stand_where_the_paper_puts_them():
-    """dense → dropout → adapter → sum → LayerNorm, by hand, at one layer's two places."""
+    """dense → dropout → adapter → sum → LayerNorm, by hand, at one layer's two sites."""
     model = bert(BertModel)
     add_adapter(model, "t", STRONG)
     seen = {}
@@ -328,7 +328,7 @@ def test_unknown_names_and_models():
     add_adapter(model, "t", STRONG)
     with pytest.raises(ValueError, match="no adapter 'x'; it has: t"):
         set_active_adapter(model, "x")
-    with pytest.raises(ValueError, match="no places known for model type None; known: bert"):
+    with pytest.raises(ValueError, match="no sites known for model type None; known: bert"):
         add_adapter(nn.Linear(3, 3), "t")
 
 

@@ -9,7 +9,7 @@ from helpers_families import MODELS, PARALLEL, PASSES, TOWERS, TOWERS_ALONE, bui
 from torch import nn
 
 from adapter_ops.models.config import AdapterConfig
-from adapter_ops.models.families import FAMILIES, Place
+from adapter_ops.models.families import FAMILIES, SitePattern
 from adapter_ops.models.sites import find_heads, find_norms, find_sites
 from adapter_ops.models.tasks import add_adapter, delete_adapter, set_active_adapter
 
@@ -25,7 +25,7 @@ def test_every_family_is_tested():
 
 @each_family
 def test_sites_stand_around_the_skip_connection(family):
-    """h and r at every place: called once a forward, of the stated size, and the model goes on with h + r.
+    """h and r at every site: called once a forward, of the stated size, and the model goes on with h + r.
 
     Where there is no entry to tell r, `test_layers_by_hand` in test_families.py has to do.
     """
@@ -60,15 +60,15 @@ def test_sites_stand_around_the_skip_connection(family):
         assert went[site.output].shape[-1] == site.hidden_size
         if site.entry is None:
             continue
-        layer = site.name.removesuffix("." + site.place)
+        layer = site.name.removesuffix("." + site.placement)
         added = [s for s in sites if s.name.startswith(layer + ".")] if family in PARALLEL else [site]
         total, r = sum(went[s.output] for s in added) + came[site.entry], came[site.entry]
         assert any(torch.equal(t, total.flatten(0, -2)) for t in tensors), site.name
         if site.norm is not None:
             assert torch.equal(came[site.norm].view_as(total), total)
-        if site.place == "attention" or family in PARALLEL:  # the first sublayer; the last is ffn
+        if site.placement == "attention" or family in PARALLEL:  # the first sublayer; the last is ffn
             assert torch.equal(r, came[layer])
-        if site.place == "ffn":
+        if site.placement == "ffn":
             last = total if site.norm is None else went[site.norm]
             assert torch.equal(went[layer], last.view_as(went[layer]))
 
@@ -147,7 +147,9 @@ def plain():
 
 
 def test_patterns():
-    sites = find_sites(plain(), {"attention": "blocks.*.attn", "ffn": Place("blocks.*.drop", entry="blocks.*.norm2")})
+    sites = find_sites(
+        plain(), {"attention": "blocks.*.attn", "ffn": SitePattern("blocks.*.drop", entry="blocks.*.norm2")}
+    )
     assert [tuple(site) for site in sites[-2:]] == [
         ("blocks.2.attention", 2, "attention", "blocks.2.attn", None, None, 12),
         ("blocks.2.ffn", 2, "ffn", "blocks.2.drop", "blocks.2.norm2", None, 12),
@@ -160,35 +162,35 @@ def test_patterns():
 
 def test_patterns_mean_the_same_as_a_family():
     model, _, _ = build("t5")
-    places = {
-        "attention": Place("block.*.layer.0.dropout", "block.*.layer.0.layer_norm"),
-        "ffn": Place("encoder.block.*.layer.1.dropout", "encoder.block.*.layer.1.layer_norm"),
+    patterns = {
+        "attention": SitePattern("block.*.layer.0.dropout", "block.*.layer.0.layer_norm"),
+        "ffn": SitePattern("encoder.block.*.layer.1.dropout", "encoder.block.*.layer.1.layer_norm"),
     }
-    sites = find_sites(model, places)
+    sites = find_sites(model, patterns)
     assert [s for s in sites if s.name.startswith("encoder")] == find_sites(model)[:4] and len(sites) == 6
 
 
 @pytest.mark.parametrize(
-    "places, message",
+    "patterns, message",
     [
-        (None, "known: bert.*places="),
+        (None, "known: bert.*sites="),
         ({}, "'attention', 'ffn' or both"),
         ({"attn": "blocks.*.attn"}, "'attention', 'ffn' or both"),
         ({"ffn": "blocks.0.mlp"}, "one '\\*'"),
         ({"ffn": "blocks.*.mlp.*"}, "one '\\*'"),
         ({"ffn": "blocks.*.ffn"}, r"'blocks\.\*\.ffn'; it has: .*blocks\.0"),
-        ({"ffn": Place("blocks.*.mlp", norm="blocks.*.norm3")}, r"'blocks\.0\.norm3'; it has: .*blocks\.0\.norm"),
+        ({"ffn": SitePattern("blocks.*.mlp", norm="blocks.*.norm3")}, r"'blocks\.0\.norm3'; it has: .*blocks\.0\.norm"),
         ({"ffn": "blocks.*.drop"}, r"hidden size at 'blocks\.0\.drop': give the .* nn.Linear"),
         ({"ffn": "blocks.*.mixed"}, r"hidden size at 'blocks\.0\.mixed'"),
     ],
 )
-def test_errors(places, message):
+def test_errors(patterns, message):
     with pytest.raises(ValueError, match=message):
-        find_sites(plain(), places)
+        find_sites(plain(), patterns)
 
 
-PRE_NORM = {"attention": Place("dropout1", "norm1"), "ffn": Place("dropout2", "norm2")}
-POST_NORM = {"attention": Place("dropout1", None, "norm1"), "ffn": Place("dropout2", "linear1", "norm2")}
+PRE_NORM = {"attention": SitePattern("dropout1", "norm1"), "ffn": SitePattern("dropout2", "norm2")}
+POST_NORM = {"attention": SitePattern("dropout1", None, "norm1"), "ffn": SitePattern("dropout2", "linear1", "norm2")}
 
 
 @pytest.mark.parametrize("config", ["houlsby", "pfeiffer", "parallel"])
@@ -198,16 +200,16 @@ def test_adapters_in_any_module(norm_first, config):
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)  # in train mode: eval has a path of its own
     x = torch.randn(5, 2, 16)
     table = PRE_NORM if norm_first else POST_NORM
-    places = {n: Place._make(p and f"layers.*.{p}" for p in place) for n, place in table.items()}
+    patterns = {n: SitePattern._make(p and f"layers.*.{p}" for p in paths) for n, paths in table.items()}
     base = model(x)
-    add_adapter(model, "t", config, places=places)
+    add_adapter(model, "t", config, sites=patterns)
     with torch.no_grad():
         for layer in model.adapter_ops.task("t").layer_at.values():
             layer.bottlenecks[0].up.weight.normal_()
     assert not torch.equal(model(x), base)
-    add_adapter(model, "u", config, places=places)
+    add_adapter(model, "u", config, sites=patterns)
     with pytest.raises(ValueError, match="elsewhere"):
-        add_adapter(model, "v", config, places={"ffn": "layers.*.linear2"})
+        add_adapter(model, "v", config, sites={"ffn": "layers.*.linear2"})
     for name in ("t", "u"):
         delete_adapter(model, name)
     assert torch.equal(model(x), base)
@@ -217,7 +219,7 @@ def test_adapters_in_any_module(norm_first, config):
 def test_config_that_needs_an_entry(config):
     model = plain()
     with pytest.raises(ValueError, match=r"'blocks\.0\.ffn' has no entry"):
-        add_adapter(model, "t", config, places={"ffn": "blocks.*.mlp"})
+        add_adapter(model, "t", config, sites={"ffn": "blocks.*.mlp"})
     assert not hasattr(model, "adapter_ops")
 
 
@@ -234,7 +236,7 @@ def test_shared_parameters_of_a_head_stay_shared():
 def test_a_place_that_is_never_called():
     layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32), 2, enable_nested_tensor=False)
     with pytest.raises(ValueError, match="is never called"):
-        add_adapter(layers, "t", places={"attention": "layers.*.self_attn.out_proj"})
+        add_adapter(layers, "t", sites={"attention": "layers.*.self_attn.out_proj"})
 
 
 def test_a_tied_head_is_no_tasks_own():

@@ -24,7 +24,7 @@ from adapter_ops import (
     train_adapter,
     using_adapter,
 )
-from adapter_ops.models.families import Place
+from adapter_ops.models.families import SitePattern
 from adapter_ops.models.sites import find_heads, find_sites
 
 pytestmark = pytest.mark.usefixtures("aten")
@@ -116,7 +116,10 @@ class Vit(nn.Module):
         return self.head(self.fc_norm(self.norm(self.blocks(self.patch_embed(x)))))
 
 
-VIT = {"attention": Place("blocks.*.attn", "blocks.*.norm1"), "ffn": Place("blocks.*.mlp", "blocks.*.norm2")}
+VIT = {
+    "attention": SitePattern("blocks.*.attn", "blocks.*.norm1"),
+    "ffn": SitePattern("blocks.*.mlp", "blocks.*.norm2"),
+}
 MODELS = {
     "wrapper": (Wrapper, torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)), None),
     "around a head": (AroundAHead, TOKENS, None),
@@ -134,9 +137,9 @@ HEADS = {
 
 
 def make(name):
-    kind, x, places = MODELS[name]
+    kind, x, patterns = MODELS[name]
     torch.manual_seed(3)
-    return kind().eval(), x, places
+    return kind().eval(), x, patterns
 
 
 def outputs(model, x):
@@ -157,9 +160,9 @@ def descend(model, x):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.filterwarnings("ignore:.*parameters outside the base")
 def test_add_train_save_and_load_in_any_model(name, tmp_path):
-    model, x, places = make(name)
+    model, x, patterns = make(name)
     base, state, children = outputs(model, x), copy.deepcopy(model.state_dict()), list(model.named_children())
-    add_adapter(model, "t", STRONG, places=places)
+    add_adapter(model, "t", STRONG, sites=patterns)
     assert list_adapters(model)["t"].modules == HEADS[name]
     descend(model, x)
     expected = outputs(model, x)
@@ -192,10 +195,10 @@ def test_a_decoder_behind_the_adapted_layers_is_no_head():
     model.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
     model.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16), 1)
     model.score = nn.Linear(8, 2)
-    places = {"ffn": "encoder.layers.*.linear2"}
-    assert find_heads(model, find_sites(model, places)) == ["score"]
+    patterns = {"ffn": "encoder.layers.*.linear2"}
+    assert find_heads(model, find_sites(model, patterns)) == ["score"]
     with pytest.warns(UserWarning, match=r"stay frozen: decoder\.layers\.0"):
-        add_adapter(model, "t", STRONG, places=places)
+        add_adapter(model, "t", STRONG, sites=patterns)
 
 
 def test_a_task_moves_between_a_wrapper_and_a_plain_model(tmp_path):
@@ -275,8 +278,8 @@ def test_another_base_of_the_same_shape(tmp_path):
 
 
 def test_places_are_saved(tmp_path):
-    model, x, places = make("vit")
-    add_adapter(model, "t", "parallel", places=places)
+    model, x, patterns = make("vit")
+    add_adapter(model, "t", "parallel", sites=patterns)
     save_adapter(model, tmp_path, "t")
     fresh, _, _ = make("vit")
     load_adapter(fresh, tmp_path)  # which says where
@@ -458,8 +461,10 @@ def test_the_fast_path_of_a_transformer_encoder_does_not_pass_a_task_by():
     model = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(16)).eval()
     x, padding = torch.randn(3, 5, 16), torch.zeros(3, 5, dtype=torch.bool)
     padding[0, 3:] = True
-    places = {n: Place(f"layers.*.dropout{i}", None, f"layers.*.norm{i}") for n, i in (("attention", 1), ("ffn", 2))}
-    add_adapter(model, "t", AdapterConfig(bottleneck=4, init_std=0.3), places=places, modules=())
+    patterns = {
+        n: SitePattern(f"layers.*.dropout{i}", None, f"layers.*.norm{i}") for n, i in (("attention", 1), ("ffn", 2))
+    }
+    add_adapter(model, "t", AdapterConfig(bottleneck=4, init_std=0.3), sites=patterns, modules=())
     with torch.no_grad():
         for p in model.adapter_ops.parameters():
             p += torch.randn_like(p) * 0.3

@@ -210,7 +210,7 @@ def test_a_tasks_copies_follow_the_models_mode():
     assert not torch.equal(mean, before) and torch.equal(model.classifier[1].running_mean, of_base)
 
 
-# Modules that are replaced, shared, or contain the places of adapters
+# Modules that are replaced, shared, or contain the sites of adapters
 
 
 def test_a_replaced_module_does_not_take_its_adapter_along():
@@ -336,8 +336,8 @@ def test_a_task_of_the_whole_runs_in_its_part_alone():
     [
         (dict(config={"bottleneck": 4}), r"unknown preset \{'bottleneck': 4\}; known: houlsby"),
         (dict(config=None), "unknown preset None"),
-        (dict(places={"ffn": 3}), r"places\['ffn'\] is 3, expected a pattern or a Place"),
-        (dict(places={"ffn": ("a.*", None, None)}), r"places\['ffn'\] is \('a\.\*'.*expected a pattern or a Place"),
+        (dict(sites={"ffn": 3}), r"sites\['ffn'\] is 3, expected a pattern or a SitePattern"),
+        (dict(sites={"ffn": ("a.*", None, None)}), r"sites\['ffn'\] is \('a\.\*'.*expected a pattern or a SitePattern"),
         (dict(modules=[None]), r"has no modules \[None\]"),
         (dict(modules=[""]), r"has no modules \[''\]"),
         (dict(modules=["bert.pooler", "bert.pooler.dense"]), r"\['bert\.pooler\.dense'\] are parts of others"),

@@ -26,7 +26,7 @@ from adapter_ops import (
     using_adapter,
 )
 from adapter_ops.models.context import _NOTHING
-from adapter_ops.models.families import Place
+from adapter_ops.models.families import SitePattern
 from adapter_ops.models.hooks import _FRAMES
 from adapter_ops.models.tasks import insert
 
@@ -97,7 +97,7 @@ class Keyword(nn.LayerNorm):
 def pre_norm(config):
     model = nn.Module()
     model.layers = nn.ModuleList([PreNorm()])
-    add_adapter(model, "t", config, places={"ffn": Place("layers.*.lin", "layers.*.norm")}, modules=())
+    add_adapter(model, "t", config, sites={"ffn": SitePattern("layers.*.lin", "layers.*.norm")}, modules=())
     (adapter,) = model.adapter_ops.task("t").layer_at.values()
     return model.layers[0], adapter.bottlenecks[0]
 
@@ -342,7 +342,7 @@ def test_a_layer_that_two_places_name_is_one_place():
             return x
 
     model, x = Shared(), torch.randn(3, 8)
-    add_adapter(model, "t", STRONG, places={"ffn": Place("layers.*.0")}, modules=())
+    add_adapter(model, "t", STRONG, sites={"ffn": SitePattern("layers.*.0")}, modules=())
     (adapter,) = model.adapter_ops.task("t").layer_at.values()
     linear = model.layers[0][0]
     expected = x

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from helpers_models import CONFIG, PLACES, bert, run, strengthen, tiny
+from helpers_models import CONFIG, SITES, bert, run, strengthen, tiny
 from torch import nn
 
 from adapter_ops import (
@@ -89,7 +89,7 @@ def test_every_function_takes_a_wrapped_model(wrap, tmp_path, capsys):
     torch.testing.assert_close(run(wrapped, X), base)
     for model in (plain, wrapped):
         torch.manual_seed(1)
-        add_adapter(model, "a", CONFIG, places=PLACES)
+        add_adapter(model, "a", CONFIG, sites=SITES)
         add_adapter(model, "b", CONFIG)
         train_adapter(model, "a")
         strengthen(model)
@@ -201,16 +201,16 @@ FROZEN = AdapterConfig(4, layer_norms="frozen")
 
 @pytest.mark.parametrize("wrap", COMPILED.values(), ids=COMPILED.keys())
 @pytest.mark.parametrize(
-    ("config", "places"),
+    ("config", "sites"),
     [
-        (CONFIG, PLACES),
+        (CONFIG, SITES),
         (FROZEN, OUTPUTS),  # hooks and nothing else
-        (AdapterConfig(4, placement="parallel", layer_norms="frozen"), PLACES),
-        (AdapterConfig(4, ln_before=True, residual="input", layer_norms="frozen", scale="channel"), PLACES),
+        (AdapterConfig(4, placement="parallel", layer_norms="frozen"), SITES),
+        (AdapterConfig(4, ln_before=True, residual="input", layer_norms="frozen", scale="channel"), SITES),
     ],
     ids=["houlsby", "outputs alone", "parallel", "adapter_plus"],
 )
-def test_compiled_before_the_first_adapter(wrap, config, places):
+def test_compiled_before_the_first_adapter(wrap, config, sites):
     """What was compiled for the bare base is not run for a task, nor the other way round. The base is frozen, so that
     no guard on what requires a gradient notices by chance."""
     torch._dynamo.reset()
@@ -225,7 +225,7 @@ def test_compiled_before_the_first_adapter(wrap, config, places):
 
     base = check()
     for _ in range(2):
-        add_adapter(model, "a", config, places=places, modules=())
+        add_adapter(model, "a", config, sites=sites, modules=())
         strengthen(model)
         a = check()
         assert not torch.allclose(a, base)

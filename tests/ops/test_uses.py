@@ -10,7 +10,7 @@ from helpers_models import CONFIG, IDS, bert, run, strengthen
 from torch import nn
 
 from adapter_ops import AdapterConfig, add_adapter, delete_adapter, set_active_adapter, train_adapter, using_adapter
-from adapter_ops.models.families import Place
+from adapter_ops.models.families import SitePattern
 
 pytestmark = pytest.mark.usefixtures("aten")
 
@@ -162,9 +162,9 @@ def test_the_fast_path_takes_a_tasks_norms_in_layers_without_adapters():
     model = TwoEncoders().eval()
     x, padding = torch.randn(2, 5, 8), torch.zeros(2, 5, dtype=torch.bool)
     padding[0, 3:] = True
-    place = Place("first.layers.*.dropout2", norm="first.layers.*.norm2")
+    pattern = SitePattern("first.layers.*.dropout2", norm="first.layers.*.norm2")
     base = run(model, x, padding)
-    add_adapter(model, "t", CONFIG, places={"ffn": place}, modules=())
+    add_adapter(model, "t", CONFIG, sites={"ffn": pattern}, modules=())
     task = model.adapter_ops.task("t")
     found = {}
     for factor in (1.0, 3.0):

@@ -8,7 +8,7 @@ from types import NoneType
 from typing import Any, NoReturn
 
 from ...kernels.activations import find_activation
-from ...models.config import AdapterConfig
+from ...models.config import AdapterConfig, Placement
 
 _REQUIRED = ("mh_adapter", "output_adapter", "reduction_factor", "non_linearity")
 _DEFAULTS: dict[str, Any] = {
@@ -120,12 +120,13 @@ def read_config(fields: Mapping[str, Any], *, versioned: bool = True) -> Adapter
             f"AdapterHub's stochastic_depth={f['stochastic_depth']} is left out: it acts in training only", stacklevel=2
         )
     factor, scale = f["reduction_factor"], f["scaling"]
-    places = tuple(place for place, key in (("attention", "mh_adapter"), ("ffn", "output_adapter")) if f[key])
+    flags: tuple[tuple[Placement, str], ...] = (("attention", "mh_adapter"), ("ffn", "output_adapter"))
+    placement = tuple(name for name, flag in flags if f[flag])
     try:
         return AdapterConfig(
             # AdapterHub's map may name every layer instead of a default, which then goes unused.
             reduction_factor={"default": 1, **factor} if isinstance(factor, Mapping) else factor,
-            placement="parallel" if f["is_parallel"] else places,
+            placement="parallel" if f["is_parallel"] else placement,
             activation=activation,
             scale=scale if isinstance(scale, str) else float(scale),  # type: ignore[arg-type]
             init=_INIT[f["init_weights"]],

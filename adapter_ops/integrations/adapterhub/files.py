@@ -86,22 +86,22 @@ def load_adapterhub(model: nn.Module, folder: str | os.PathLike[str], name: str 
     keys = _keys(root, config, sites, info["name"])
     base = getattr(root, "base_model_prefix", "") + "."  # a model with a head has it, the bare base has not
     found = {key.removeprefix(base): t for key, t in _tensors(weights, data).items()}
-    expected = {key.removeprefix(base): place for key, place in keys.items()}
+    expected = {key.removeprefix(base): where for key, where in keys.items()}
     if missing := sorted(expected.keys() - found.keys()):
         raise ValueError(f"{weights} lacks {len(missing)} of {len(expected)} keys, first {missing[0]!r}")
     if surplus := sorted(found.keys() - expected.keys()):
         raise ValueError(f"{weights} has {len(surplus)} keys that do not belong, first {surplus[0]!r}")
     shapes = {site.name: _shapes(config, site) for site in sites}
     states: dict[str, dict[str, Tensor]] = {}
-    for key, (place, ours) in expected.items():
-        _check_tensor(f"{key!r} in {weights}", found[key], shapes[place][ours])
-        states.setdefault(place, {})[ours] = found[key]
+    for key, (site, ours) in expected.items():
+        _check_tensor(f"{key!r} in {weights}", found[key], shapes[site][ours])
+        states.setdefault(site, {})[ours] = found[key]
     name = info["name"] if name is None else name
     with LOCK:
         check_new(model, name)
         task = build(model, config, sites, ())
-        for place, layer in task.layer_at.items():
-            layer.load_state_dict(states[place])
+        for site, layer in task.layer_at.items():
+            layer.load_state_dict(states[site])
         attach(model, name, task, sites, None)  # before this the model is as it was
         train_adapter(model, name)
     return name
@@ -150,8 +150,8 @@ def save_adapterhub(model: nn.Module, folder: str | os.PathLike[str], name: str)
         "version": FORMAT,
     }
     reshard(root)
-    states = {place: layer.state_dict() for place, layer in task.layer_at.items()}
-    tensors = {key: full(states[place][ours]).detach() for key, (place, ours) in keys.items()}
+    states = {site: layer.state_dict() for site, layer in task.layer_at.items()}
+    tensors = {key: full(states[site][ours]).detach() for key, (site, ours) in keys.items()}
     if meta := [key for key, t in tensors.items() if t.is_meta]:
         raise ValueError(f"{len(meta)} of the adapter's tensors are on the meta device, which holds no values")
     if own := [f"{path}.{key}" for path, copy in task.copy_at.items() for key, _ in copy.named_parameters()]:
@@ -172,7 +172,7 @@ def _sites(model: nn.Module, config: AdapterConfig) -> list[Site]:
     """The model's sites, which are those that AdapterHub has, checked to serve the config."""
     sites = find_sites(model)
     if plan(model, config) != sites:
-        raise ValueError("the model has its adapters at places of its own, which AdapterHub has no names for")
+        raise ValueError("the model has its adapters at sites of its own, which AdapterHub has no names for")
     return sites
 
 
@@ -182,8 +182,8 @@ def _keys(model: nn.Module, config: AdapterConfig, sites: list[Site], name: str)
     if kind not in _INSIDE | _BESIDE:
         known = ", ".join(sorted(_INSIDE | _BESIDE))
         raise ValueError(f"AdapterHub's names are not known for model type {kind!r}; known: {known}")
-    sites = [site for site in sites if config.at(site.place, site.layer)]
-    if len({(site.layer, site.place) for site in sites}) < len(sites):  # AdapterHub numbers both towers through
+    sites = [site for site in sites if config.at(site.placement, site.layer)]
+    if len({(site.layer, site.placement) for site in sites}) < len(sites):  # AdapterHub numbers both towers through
         for field in ("leave_out", "reduction_factor", "bottleneck"):
             if isinstance(value := getattr(config, field), Mapping) or (field == "leave_out" and value):
                 raise ValueError(f"{field}={value!r} counts layers, which AdapterHub does otherwise for {kind!r}")
@@ -199,7 +199,7 @@ def _keys(model: nn.Module, config: AdapterConfig, sites: list[Site], name: str)
     for site in sites:
         prefix = site.output.rpartition(".")[0]
         if kind in _BESIDE:
-            prefix = site.name.rpartition(".")[0] + (".attention_adapters", ".output_adapters")[site.place == "ffn"]
+            prefix = site.name.rpartition(".")[0] + (".attention_adapters", ".output_adapters")[site.placement == "ffn"]
         keys |= {f"{prefix}.adapters.{name}.{hub}": (site.name, ours) for hub, ours in names.items()}
     return keys
 
