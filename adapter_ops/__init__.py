@@ -11,9 +11,9 @@ from .functional import bottleneck_adapter, explain
 from .models.checkpoint import load_adapter, load_task_state_dict, save_adapter, task_state_dict
 from .models.config import AdapterConfig
 from .models.families import SitePattern
+from .models.summary import adapter_summary
 from .models.tasks import (
     active_adapter,
-    adapter_summary,
     add_adapter,
     delete_adapter,
     list_adapters,

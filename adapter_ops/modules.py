@@ -1,6 +1,6 @@
 """BottleneckAdapter: the adapter as a module."""
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,13 @@ def activation_name(activation: str | nn.Module) -> str:
             f"and {', '.join(_TRANSFORMERS)} of transformers"
         )
     return name
+
+
+def _linear(name: str, layer: nn.Module | None) -> nn.Linear:
+    """The layer itself. Raises TypeError if it does not compute what `nn.Linear` computes."""
+    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
+        raise TypeError(f"{name} is {type(layer).__name__}, expected torch.nn.Linear")
+    return layer
 
 
 class BottleneckAdapter(nn.Module):
@@ -114,6 +121,13 @@ class BottleneckAdapter(nn.Module):
             self.scale = finite_scale(scale)
         self.reset_parameters()
 
+    @overload
+    @classmethod
+    def from_linear(
+        cls, down: nn.Sequential, *, scale: float | Literal["learned", "channel"] = ...
+    ) -> "BottleneckAdapter": ...
+
+    @overload
     @classmethod
     def from_linear(
         cls,
@@ -121,31 +135,63 @@ class BottleneckAdapter(nn.Module):
         up: nn.Linear,
         *,
         activation: str | nn.Module,
+        scale: float | Literal["learned", "channel"] = ...,
+    ) -> "BottleneckAdapter": ...
+
+    @classmethod
+    def from_linear(
+        cls,
+        down: nn.Linear | nn.Sequential,
+        up: nn.Linear | None = None,
+        *,
+        activation: str | nn.Module | None = None,
         scale: float | Literal["learned", "channel"] = 1.0,
     ) -> "BottleneckAdapter":
         """An adapter over two layers of an existing model; it shares their parameters and takes their place.
 
         Args:
-            down, up: layers [D → R] and [R → D].
-            activation: what stands between them, as a name or as the module itself, such as `nn.GELU()`. It has no
-                default, because another activation than the model's would change its results without an error.
+            down, up: layers [D → R] and [R → D]; or, as `down` alone, an `nn.Sequential` of the first layer, the
+                activation and the second layer.
+            activation: what stands between the two layers, as a name or as the module itself, such as `nn.GELU()`. It
+                has no default, because another activation than the model's would change its results without an error.
             scale: as above.
 
         Raises:
-            ValueError: `up` does not undo `down`'s shape, or the activation or the scale is refused.
+            ValueError: `up` does not undo `down`'s shape, or the activation or the scale is refused, or an
+                `nn.Sequential` that consists of other modules.
+            TypeError: a layer that computes something else than `nn.Linear` does, such as one of PEFT's, or two layers
+                without an activation, or an `nn.Sequential` with one.
 
         >>> down, up = nn.Linear(768, 64), nn.Linear(64, 768)
         >>> BottleneckAdapter.from_linear(down, up, activation=nn.ReLU()).activation
         'relu'
+        >>> BottleneckAdapter.from_linear(nn.Sequential(down, nn.GELU(), up)).activation
+        'gelu'
         """
-        if (down.in_features, down.out_features) != (up.out_features, up.in_features):
-            raise ValueError(
-                f"down maps {down.in_features} to {down.out_features}, up maps {up.in_features} to {up.out_features}"
+        layers: list[nn.Module | None] = [down, up]
+        if isinstance(down, nn.Sequential):
+            if up is not None or activation is not None:
+                raise TypeError("from_linear got an nn.Sequential, which holds the activation and the second layer too")
+            if len(down) != 3:
+                raise ValueError(
+                    "expected an nn.Sequential of nn.Linear, an activation and nn.Linear, got one of "
+                    f"{', '.join(type(module).__name__ for module in down) or 'nothing'}"
+                )
+            activation, layers = down[1], [down[0], down[2]]
+        first, second = _linear("down", layers[0]), _linear("up", layers[1])
+        if activation is None:
+            raise TypeError(
+                "from_linear needs the activation between the two layers: activation=nn.GELU(), for example"
             )
-        adapter = cls(down.in_features, down.out_features, activation=activation, scale=scale, device="meta")
+        if (first.in_features, first.out_features) != (second.out_features, second.in_features):
+            raise ValueError(
+                f"down maps {first.in_features} to {first.out_features}, up maps {second.in_features} to "
+                f"{second.out_features}"
+            )
+        adapter = cls(first.in_features, first.out_features, activation=activation, scale=scale, device="meta")
         if isinstance(adapter.scale, Tensor):
-            adapter.scale = nn.Parameter(down.weight.new_ones(adapter.scale.shape))
-        adapter.down, adapter.up = down, up
+            adapter.scale = nn.Parameter(first.weight.new_ones(adapter.scale.shape))
+        adapter.down, adapter.up = first, second
         return adapter
 
     @torch.no_grad()

@@ -40,7 +40,7 @@ model = base()
 test, wanted = images()
 before = outputs(model)
 add_adapter(model, "colours", AdapterConfig(bottleneck=16), sites=SITES, modules=["head"])
-adapter_summary(model)
+print(adapter_summary(model))
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
 for _ in range(15):
     pixels, colours = images()

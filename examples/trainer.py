@@ -42,7 +42,7 @@ test, train = rows[:100], rows[100:356]
 base = partial(AutoModelForSequenceClassification.from_pretrained, get_model_path(), num_labels=len(PACKAGES))
 model = base()
 add_adapter(model, "packages", AdapterConfig(bottleneck=16))
-adapter_summary(model)
+print(adapter_summary(model))
 with TemporaryDirectory() as folder:
     options = {"disable_tqdm": True, "dataloader_pin_memory": False, "save_strategy": "no", "num_train_epochs": 1}
     arguments = TrainingArguments(folder, learning_rate=3e-3, per_device_train_batch_size=16, **options)

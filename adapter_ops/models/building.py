@@ -61,7 +61,7 @@ def plan(
         if unknown := sorted(wanted - layers):
             raise ValueError(f"{field} names layers {unknown}, the model has {min(layers)} to {max(layers)}")
     for site in sites:
-        reads = config.reads(site.norm is not None)
+        reads, _ = config.wiring(site.norm is not None)
         if site.entry is None and reads in ("input", "sum") and config.at(site.placement, site.layer):
             raise ValueError(
                 f"the site {site.name!r} has no entry, and this config (placement={config.placement!r}, "

@@ -4,15 +4,41 @@ import dataclasses
 import json
 import math
 import numbers
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
 
 from ..kernels.activations import find_activation
+from . import files
+from .disk import replace_files
+from .strict_json import parse
 
 Placement = Literal["attention", "ffn"]
 Preset = Literal["houlsby", "pfeiffer", "parallel", "adapter_plus"]
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
+
+
+class Wiring(NamedTuple):
+    """What an adapter reads, and what it adds its result to, in words for tensors: "output" is h, the output of the
+    sublayer; "input" is r, its input; "sum" is h + r; "norm" is what the normalisation behind it makes of h + r."""
+
+    reads: Literal["output", "input", "sum", "norm"]
+    adds_to: Literal["output", "sum", "norm"]
+
+
+# The wiring by (whether placement is "parallel", ln_before, residual): where a normalisation of h + r follows the
+# sublayer, and where none does. An adapter that is parallel has no ln_before.
+_WIRINGS = {
+    (False, False, "output"): (Wiring("output", "output"), Wiring("output", "output")),
+    (False, False, "input"): (Wiring("output", "output"), Wiring("output", "output")),
+    (False, True, "output"): (Wiring("norm", "sum"), Wiring("sum", "output")),
+    (False, True, "input"): (Wiring("norm", "norm"), Wiring("sum", "sum")),
+    (True, False, "output"): (Wiring("input", "output"), Wiring("input", "output")),
+    (True, False, "input"): (Wiring("input", "output"), Wiring("input", "output")),
+}
+CONFIG_FILE = "adapter_ops_config.json"  # of `save_pretrained`; AdapterHub and PEFT have one without "ops_"
 _LARGEST, _DEEPEST = 1 << 20, 64  # what is over these is a mistake, or a file that would fill the memory
 
 
@@ -167,17 +193,55 @@ class AdapterConfig:
         own = ("ffn",) if self.placement == "parallel" else self.placement
         return placement in own and layer not in self.leave_out
 
-    def reads(self, has_norm: bool) -> Literal["output", "input", "sum", "norm"]:
-        """What an adapter of this config reads at a site: the sublayer's output h, its input r, their sum h + r, or
-        what the normalisation behind the sublayer makes of that sum. `has_norm`: whether there is one."""
-        if self.placement == "parallel":
-            return "input"
-        if not self.ln_before:
-            return "output"
-        return "norm" if has_norm else "sum"
+    def wiring(self, has_norm: bool) -> Wiring:
+        """What an adapter of this config reads at a site, and what it adds to. `has_norm`: whether a normalisation of
+        h + r follows the sublayer."""
+        wiring = _WIRINGS[self.placement == "parallel", self.ln_before, self.residual][not has_norm]
+        # Where no normalisation follows, the model itself adds r to what the adapter returns. With ln_after=False that
+        # is to be the only r in the sum, so the adapter adds to h.
+        return Wiring("sum", "output") if wiring == ("sum", "sum") and not self.ln_after else wiring
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the config alone into a folder, as adapter_ops_config.json. A folder that does not exist is made.
+
+        A saved task has its config in its own files, so `save_adapter` needs no such file.
+
+        Raises OSError where the system cannot write; the old file stays whole.
+        """
+        replace_files(Path(folder), {CONFIG_FILE: f"{self.to_json()}\n".encode()})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> "AdapterConfig":
+        """The config that `save_pretrained` wrote into a folder, or that of the task that `save_adapter` wrote there.
+
+        Args:
+            folder: has adapter_ops_config.json or adapter_ops.safetensors. With both, the first is read.
+
+        Raises:
+            FileNotFoundError: the folder has neither.
+            ValueError: a file that cannot be read, or a field that is unknown or out of range.
+
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     AdapterConfig(bottleneck=8).save_pretrained(folder)
+        ...     AdapterConfig.from_pretrained(folder).bottleneck
+        8
+        """
+        path = Path(folder, CONFIG_FILE)
+        if path.is_file():
+            fields = parse(path.read_bytes(), str(path))
+        else:
+            try:
+                fields = files.read_header(folder)["config"]
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"{error}, and no {CONFIG_FILE}") from None
+        try:
+            return cls.from_json(json.dumps(fields))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{folder}: {error}") from error
 
     @classmethod
     def from_json(cls, text: str) -> "AdapterConfig":

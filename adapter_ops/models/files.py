@@ -5,15 +5,10 @@ a save takes effect, and a reader needs no other file. README.md beside this mod
 """
 
 import contextlib
-import hashlib
 import io
 import json
 import math
 import os
-import platform
-import re
-import secrets
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
@@ -23,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from .disk import replace_files
 from .strict_json import check, parse, short
 
 CONFIG_FILE, WEIGHTS_FILE, FORMAT = "adapter_ops.json", "adapter_ops.safetensors", 2
@@ -59,12 +55,6 @@ _COUNTER = "num_batches_tracked"
 _HEADER_LIMIT = 16 * 2**20  # bytes, enough for a hundred thousand tensors
 _NAME_LIMIT = 1000
 _DIMENSIONS = 8
-_DAY = 24 * 60 * 60  # seconds
-
-# The host and the process that write stand in a temporary file's name, so that others can tell whether it is needed.
-_TEMPORARY = re.compile(
-    rf"\.(?:{re.escape(CONFIG_FILE)}|{re.escape(WEIGHTS_FILE)})\.([1-9][0-9]{{0,9}})\.([0-9a-f]{{8}})[0-9a-f]{{16}}\.tmp"
-)
 
 
 class Saved(NamedTuple):
@@ -77,9 +67,8 @@ class Saved(NamedTuple):
 def write(folder: str | os.PathLike[str], header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Writes a task into a folder, which is made if it does not exist.
 
-    Both files are written beside their places and synchronised with the disk, and then renamed, the weights first. A
-    save that is interrupted at any point leaves the old task or the new one, whole. Temporary files that dead
-    processes left in the folder are removed.
+    Both files are replaced as `disk.replace_files` does it, the weights first. A save that is interrupted at any point
+    leaves the old task or the new one, whole.
 
     Args:
         folder: where to. Other files in it are left alone.
@@ -102,26 +91,7 @@ def write(folder: str | os.PathLike[str], header: Mapping[str, Any], tensors: Ma
         raise ValueError(f"the header for {path} cannot be written as JSON: {error}") from error
     data = save({name: _dense(name, t, path) for name, t in tensors.items()}, metadata={METADATA: text})
     _read_head(io.BytesIO(data), len(data), path)  # a reader's checks, before anything is changed
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (WEIGHTS_FILE, CONFIG_FILE):
-        if (folder / name).is_dir():
-            raise IsADirectoryError(f"{folder / name} is a folder, so no file can be written in its place")
-    _remove_leftovers(folder)
-    mark = f"{os.getpid()}.{host()}{secrets.token_hex(8)}.tmp"
-    contents = {WEIGHTS_FILE: data, CONFIG_FILE: config}
-    temporary = {name: folder / f".{name}.{mark}" for name in contents}
-    try:
-        for name, content in contents.items():
-            with open(temporary[name], "xb") as file:  # gets the mode that the umask gives
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for name in contents:
-            os.replace(temporary[name], folder / name)
-    finally:
-        for left in temporary.values():
-            left.unlink(missing_ok=True)
-    _sync(folder)
+    replace_files(folder, {WEIGHTS_FILE: data, CONFIG_FILE: config})
 
 
 def read(
@@ -162,6 +132,15 @@ def read(
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     return Saved(head.header, {name: tensors[name] for name in head.shapes if name in names})
+
+
+def read_header(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The header of a saved task, with the errors and checks of `read`. Its weights are not read."""
+    path = Path(folder) / WEIGHTS_FILE
+    if not path.is_file():
+        raise _refusal(path.parent)
+    with open(path, "rb") as file:
+        return _read_head(file, os.fstat(file.fileno()).st_size, path).header
 
 
 def check_finite(saved: Saved) -> None:
@@ -295,51 +274,6 @@ def _dense(name: str, t: Tensor, path: Path) -> Tensor:
     if type(copy) is not Tensor:
         raise ValueError(f"{name} for {path} is a {type(copy).__name__}, expected a plain tensor that holds all values")
     return copy
-
-
-def host() -> str:
-    """Returns eight hexadecimal digits that identify this host, or this container if it numbers its own processes."""
-    try:
-        processes = os.readlink("/proc/self/ns/pid")
-    except OSError:
-        processes = ""  # not Linux
-    return hashlib.sha256(f"{platform.node()} {processes}".encode()).hexdigest()[:8]
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Removes temporary files of saves that were killed: of dead processes of this host, and of others after a day."""
-    here, now = host(), time.time()
-    for entry in os.scandir(folder):
-        found = _TEMPORARY.fullmatch(entry.name)
-        with contextlib.suppress(OSError):  # another save removed it first, or it belongs to another user
-            if found and (
-                (found[2] == here and not alive(int(found[1])))
-                or now - entry.stat(follow_symlinks=False).st_mtime > _DAY
-            ):
-                os.unlink(entry.path)
-
-
-def alive(process: int) -> bool:
-    """Returns whether the process with this number runs on this host, or may run: True where that cannot be known."""
-    if os.name == "nt":
-        return True  # os.kill would end it
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        pass  # another user's process, or a number that this system does not give
-    return True
-
-
-def _sync(folder: Path) -> None:
-    """Makes the renames durable, where the file system can. The save has taken effect already."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _identify(folder: Path) -> tuple[Kind | None, Path, dict[str, Any]]:

@@ -75,21 +75,16 @@ class Slot:
         if layer is None or layer.reads == "norm":
             return None
         h = output[0] if isinstance(output, tuple) else output
-        if layer.reads == "output":
-            y = layer(h, h)
-        else:
+        x = h
+        if layer.reads_input:
             r = _FRAMES.take(self.site.name)
             if r is None:
                 raise RuntimeError(
                     f"the adapter at {self.site.name!r} reads the sublayer's input, but {self.site.entry!r} was not "
                     f"called before {self.site.output!r}"
                 )
-            if layer.reads == "input":
-                y = layer(r, h)
-            else:
-                x = h + r
-                # The model adds r itself, so without ln_after, which would add it once more, x is a residual less r: h.
-                y = layer(x, x if layer.residual_is_x and layer.ln_after else h)
+            x = r if layer.reads == "input" else h + r
+        y = layer(x, h if layer.adds_to == "output" else x)
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
 
@@ -211,5 +206,5 @@ class Switch(Bound):
             return call(*args, **kwargs)
         total = args[0] if args else next(iter(kwargs.values()))  # h + r
         x = call(total)
-        y = layer(x, x if layer.residual_is_x else total)
+        y = layer(x, x if layer.adds_to == "norm" else total)
         return call(y) if layer.ln_after else y

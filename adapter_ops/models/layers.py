@@ -22,7 +22,7 @@ class AdapterLayer(nn.Module):
         layer: number of the site's layer.
         hidden_size: D, of what passes at the site.
         device, dtype: of the parameters.
-        has_norm: whether a normalisation of h + r follows the sublayer; see `AdapterConfig.reads`.
+        has_norm: whether a normalisation of h + r follows the sublayer; see `AdapterConfig.wiring`.
     """
 
     def __init__(
@@ -52,9 +52,8 @@ class AdapterLayer(nn.Module):
         self.norm = kinds[config.norm](hidden_size, device=device, dtype=dtype) if config.norm else None
         self.norm_position = config.norm_position
         self.dropout = config.dropout
-        self.reads = config.reads(has_norm)
+        self.reads, self.adds_to = config.wiring(has_norm)
         self.reads_input = self.reads in ("input", "sum")
-        self.residual_is_x = config.residual == "input"
         self.ln_after = config.ln_after
         self._initialise(config.init)
 

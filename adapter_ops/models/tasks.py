@@ -220,46 +220,6 @@ def delete_adapter(model: nn.Module, name: str) -> None:
             del holder.adapter_ops
 
 
-class TaskSize(NamedTuple):
-    """Parameters of one task by kind, and their sum as a share of the base's."""
-
-    name: str
-    adapters: int
-    norms: int
-    modules: int
-    total: int
-    share: float
-
-
-def adapter_summary(model: nn.Module) -> list[TaskSize]:
-    """Prints and returns what each task adds, and, in a last row named "all tasks", what all of them add.
-
-    The base is the model without adapters and without heads. Works on the meta device.
-    """
-    adapters = adapters_of(model)
-    root = adapters.model
-    heads = tuple(f"{path}." for path in find_heads(root, adapters.sites))
-    base = sum(p.numel() for name, p in base_parameters(root) if not name.startswith(heads))
-    rows = []
-    for name in adapters.names:
-        task = adapters.task(name)
-        norms, modules = (
-            sum(p.numel() for path in paths for p in task.copy_at[path].parameters())
-            for paths in (task.norms, task.heads)
-        )
-        layers = sum(p.numel() for p in task.adapters.parameters())
-        total = layers + norms + modules
-        rows.append(TaskSize(name, layers, norms, modules, total, total / base))
-    kinds = [sum(column) for column in list(zip(*rows))[1:4]]
-    rows.append(TaskSize("all tasks", kinds[0], kinds[1], kinds[2], sum(kinds), sum(kinds) / base))
-    width = max(len(row.name) for row in rows) + 1
-    print(f"base: {base:,} parameters; active: {active_adapter(model)}")
-    print(f"{'':{width}} {'adapters':>12} {'norms':>10} {'modules':>12} {'total':>12} {'of base':>8}")
-    for name, layers, norms, modules, total, share in rows:
-        print(f"{name:{width}} {layers:12,} {norms:10,} {modules:12,} {total:12,} {share:8.2%}")
-    return rows
-
-
 @contextlib.contextmanager
 def skip_layers(model: nn.Module, layers: Iterable[int]) -> Iterator[None]:
     """Within the context, the adapters of these layers are left out, trained as they are (paper §3.6, ablation).

@@ -14,7 +14,7 @@ import torch
 from helpers_files import HEADER, assert_equal, header_bytes, leftovers, saved, tensors, value_of
 from safetensors.torch import save
 
-from adapter_ops.models import files, strict_json
+from adapter_ops.models import disk, files, strict_json
 from adapter_ops.models.files import CONFIG_FILE, WEIGHTS_FILE, check_finite, read, write
 
 
@@ -356,7 +356,7 @@ def temporary(folder, process, host, file=WEIGHTS_FILE, age=0.0):
 def test_only_temporary_files_that_nobody_needs_are_removed(tmp_path):
     ended = start(time.sleep, 0)
     ended.join()
-    here, elsewhere, day = files.host(), "00000000", 24 * 3600
+    here, elsewhere, day = disk.host(), "00000000", 24 * 3600
     needed = [
         temporary(tmp_path, os.getpid(), here),  # this process, another thread
         temporary(tmp_path, os.getppid(), here, CONFIG_FILE),

@@ -268,19 +268,26 @@ def test_summary_gives_the_papers_numbers(hidden, layers, bottleneck, adapters, 
             max_position_embeddings=512,
         )
     add_adapter(model, "t", AdapterConfig(bottleneck=bottleneck))
-    row, everything = adapter_summary(model)
+    summary = adapter_summary(model)
+    (row,), everything = summary.tasks, summary.total
     assert (row.adapters, row.norms, row.modules, row.total) == (adapters, norms, 0, adapters + norms)
     assert adapters / sum(p.numel() for n, p in model.named_parameters() if "adapter_ops" not in n) == pytest.approx(
         share, rel=0.02
     )
-    assert everything.total == row.total and f"{adapters:,}" in capsys.readouterr().out
+    assert everything.total == row.total
+    assert capsys.readouterr().out == ""  # it prints nothing of itself
+    print(summary)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"base: {summary.base:,} parameters; active: t" and len(lines) == 4
+    assert lines[2].split() == ["t", f"{adapters:,}", f"{norms:,}", "0", f"{row.total:,}", f"{row.share:.2%}"]
 
 
 def test_summary_of_two_tasks():
     model = bert()
     add_adapter(model, "a", STRONG)
     add_adapter(model, "b", AdapterConfig(bottleneck=2, layer_norms="frozen"), modules=())
-    a, b, both = adapter_summary(model)
+    a, b = adapter_summary(model).tasks
+    both = adapter_summary(model).total
     assert a.modules == 5 * 32 + 5 and b.norms == b.modules == 0
     assert both.total == a.total + b.total and both.share == pytest.approx(a.share + b.share)
 
@@ -293,7 +300,8 @@ def test_summary_counts_the_active_tasks_own_head():
     add_adapter(model, "three", STRONG)
     for active in ("five", "three", None):
         set_active_adapter(model, active)
-        five, three, _ = adapter_summary(model)
+        five, three = adapter_summary(model).tasks
+        assert adapter_summary(model).active == active
         assert (five.modules, three.modules) == (5 * 33, 3 * 33)
 
 

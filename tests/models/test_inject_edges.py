@@ -288,8 +288,8 @@ def test_the_share_is_of_the_base_without_head_and_adapters():
     model = bert()
     base = sum(p.numel() for p in model.bert.parameters())
     add_adapter(model, "t", STRONG)
-    row = adapter_summary(model)[0]
-    assert row.share == row.total / base
+    summary = adapter_summary(model)
+    assert summary.base == base and summary.tasks[0].share == summary.tasks[0].total / base
 
 
 def test_norm_inside_after_depth_and_residual_by_hand():

@@ -97,9 +97,7 @@ def test_every_function_takes_a_wrapped_model(wrap, tmp_path, capsys):
         with pytest.raises(ValueError, match="already has an adapter 'a'"):
             add_adapter(model, "a", CONFIG)
     assert list_adapters(plain) == list_adapters(wrapped)
-    rows = [adapter_summary(model) for model in (plain, wrapped)]
-    assert rows[0] == rows[1]
-    capsys.readouterr()
+    assert adapter_summary(plain) == adapter_summary(wrapped)
 
     def same():
         torch.testing.assert_close(run(wrapped, X), run(plain, X))

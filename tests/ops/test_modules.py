@@ -112,6 +112,42 @@ def test_activations_of_transformers():
     assert names <= taken
 
 
+def test_from_linear_of_a_sequential():
+    unfused = nn.Sequential(nn.Linear(20, 6), nn.ReLU(), nn.Linear(6, 20))
+    adapter = BottleneckAdapter.from_linear(unfused, scale=0.5)
+    assert adapter.activation == "relu" and adapter.down is unfused[0] and adapter.up is unfused[2]
+    x = torch.randn(4, 20)
+    torch.testing.assert_close(adapter(x), x + 0.5 * unfused(x))
+
+
+class Halved(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ((nn.Sequential(),), ValueError, "an activation and nn.Linear, got one of nothing"),
+        ((nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 4)),), ValueError, "got one of Linear, Linear"),
+        (
+            (nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 4), nn.Dropout(0.1)),),
+            ValueError,
+            "got one of Linear, ReLU, Linear, Dropout",
+        ),
+        ((nn.Sequential(nn.Linear(4, 2), nn.Dropout(), nn.Linear(2, 4)),), ValueError, "no kernel for the activation"),
+        ((nn.Sequential(nn.ReLU(), nn.Linear(4, 2), nn.Linear(2, 4)),), TypeError, "down is ReLU, expected torch.nn"),
+        ((nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 4)), nn.Linear(2, 4)), TypeError, "got an nn.Seq"),
+        ((nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 5)),), ValueError, "down maps 4 to 2, up maps 2 to 5"),
+        ((nn.Sequential(nn.Linear(4, 2), nn.ReLU(), Halved(2, 4)),), TypeError, "up is Halved, expected torch.nn"),
+        ((nn.Linear(4, 2),), TypeError, "up is NoneType, expected torch.nn.Linear"),
+    ],
+)
+def test_from_linear_refuses(arguments, error, message):
+    with pytest.raises(error, match=message):
+        BottleneckAdapter.from_linear(*arguments)
+
+
 def test_from_linear_has_no_default_activation():
     with pytest.raises(TypeError, match="activation"):
         BottleneckAdapter.from_linear(nn.Linear(20, 6), nn.Linear(6, 20))

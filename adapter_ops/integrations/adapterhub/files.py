@@ -23,7 +23,8 @@ from ...functional import DTYPES
 from ...models.adapters import LOCK, adapters_of, root_of
 from ...models.building import attach, build, check_new, plan
 from ...models.config import AdapterConfig
-from ...models.files import alive, host, kind_of
+from ...models.disk import alive, host
+from ...models.files import kind_of
 from ...models.sharding import full, one_writer, reshard
 from ...models.sites import Site, find_sites
 from ...models.strict_json import check, parse
