@@ -8,7 +8,7 @@ HERE = Path(__file__).parent
 # bench/ and tests/ are in a checkout and in the sdist, and not in a wheel. This is what they need, but for the demo's
 # model, which the Makefile installs without what it depends on.
 test = [
-    *("pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "setuptools", "ruff", "mypy"),
+    *("pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "setuptools", "ruff", "mypy", "basedpyright"),
     *("numpy", "transformers>=5", "accelerate", "matplotlib", "tqdm", "datasets", "scikit-learn", "scipy"),
 ]
 

@@ -109,10 +109,10 @@ class BottleneckAdapter(nn.Module):
             raise ValueError(f"init_std is {init_std}, must be positive: at 0 no weight would ever get a gradient")
         if isinstance(scale, str) and scale not in ("learned", "channel"):
             raise ValueError(f"unknown scale {scale!r}; known: a number, 'learned', 'channel'")
-        self.activation = activation_name(activation)
+        self.activation: str = activation_name(activation)
         self.init_std = init_std
-        self.down = nn.Linear(hidden_size, bottleneck_size, bias=bias, device=device, dtype=dtype)
-        self.up = nn.Linear(bottleneck_size, hidden_size, bias=bias, device=device, dtype=dtype)
+        self.down: nn.Linear = nn.Linear(hidden_size, bottleneck_size, bias=bias, device=device, dtype=dtype)
+        self.up: nn.Linear = nn.Linear(bottleneck_size, hidden_size, bias=bias, device=device, dtype=dtype)
         self.scale: float | Tensor
         if isinstance(scale, str):
             size = hidden_size if scale == "channel" else 1

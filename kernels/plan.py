@@ -157,12 +157,18 @@ class Plan:
         outputs: dict[str, Memory | None] | None = None,
         scratch: dict[str, Memory] | None = None,
     ) -> None:
-        self.problem, self.form, self.reason = problem, form, reason
-        self.launches, self.outputs, self.scratch = tuple(launches), outputs or {}, scratch or {}
-        self.inputs = FORWARD if problem.needs is None else BACKWARD
+        self.problem: Problem = problem
+        self.form: str = form
+        self.reason: str = reason
+        self.launches: tuple[Launch, ...] = tuple(launches)
+        self.outputs: dict[str, Memory | None] = outputs or {}
+        self.scratch: dict[str, Memory] = scratch or {}
+        self.inputs: tuple[str, ...] = FORWARD if problem.needs is None else BACKWARD
+        self.offsets: list[int]
+        self.bytes: int
         self.offsets, self.bytes = _layout(self.scratch)
         self.recording: replay.Recording | None = None
-        self.dispatched = False
+        self.dispatched: bool = False
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Plan) and (self.problem, self.form) == (other.problem, other.form)

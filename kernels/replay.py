@@ -110,7 +110,7 @@ class Recording:
 
     def __init__(self, plan: "Plan", compiled: list[Any], inputs: Sequence[Tensor | None]) -> None:
         # The function holds the compiled kernels, because Triton 3.9 unloads one that nobody holds.
-        self.names = NAMES | {"compiled": compiled}
+        self.names: dict[str, Any] = NAMES | {"compiled": compiled}
         given = dict(zip(plan.inputs, inputs))
         present = [name for name, t in given.items() if t is not None]
         index = self._name(given[present[0]].device.index)  # type: ignore[union-attr]
@@ -140,7 +140,7 @@ class Recording:
             lines.append(f"stream = current_stream({index})")
             lines += [self._launch(launch, kernel) for launch, kernel in zip(plan.launches, compiled)]
         lines.append(f"return {', '.join(plan.outputs)},")
-        self.source = "\n    ".join([f"def play({', '.join(plan.inputs)}):", *lines])
+        self.source: str = "\n    ".join([f"def play({', '.join(plan.inputs)}):", *lines])
         made_here: dict[str, Any] = {}
         exec(_code(self.source), self.names, made_here)
         self.play = made_here["play"]

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..wrappers import holder_of, unwrap
 from .adapters import Adapters, find_adapters, root_of
-from .config import PRESETS, AdapterConfig
+from .config import PRESETS, AdapterConfig, Preset
 from .families import SitePattern
 from .hooks import Bound
 from .layers import AdapterLayer
@@ -17,7 +17,7 @@ from .sharding import reshard, shard_like
 from .sites import Site, base_modules, find_models, find_norms, find_sites
 
 
-def preset(config: AdapterConfig | str) -> AdapterConfig:
+def preset(config: AdapterConfig | Preset) -> AdapterConfig:
     """The config itself, or the preset of that name. Raises ValueError for an unknown one."""
     if isinstance(config, AdapterConfig):
         return config

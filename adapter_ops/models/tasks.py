@@ -19,7 +19,7 @@ from torch import nn
 from ..wrappers import holders, is_data_parallel, unwrap
 from .adapters import LOCK, Adapters, adapters_of, find_adapters, root_of
 from .building import attach, build, check_new, plan, preset
-from .config import AdapterConfig
+from .config import AdapterConfig, Preset
 from .families import SitePattern
 from .parameters import Labels, Task, key_of
 from .sharding import reshard
@@ -29,7 +29,7 @@ from .sites import base_parameters, find_frozen, find_heads
 def add_adapter(
     model: nn.Module,
     name: str,
-    config: AdapterConfig | str = "houlsby",
+    config: AdapterConfig | Preset = "houlsby",
     *,
     modules: Iterable[str] | None = None,
     sites: Mapping[str, str | SitePattern] | None = None,
@@ -64,7 +64,7 @@ def add_adapter(
 def insert(
     model: nn.Module,
     name: str,
-    config: AdapterConfig | str,
+    config: AdapterConfig | Preset,
     modules: Iterable[str] | None = None,
     sites: Mapping[str, str | SitePattern] | None = None,
 ) -> None:
