@@ -11,6 +11,7 @@ from .functional import bottleneck_adapter, explain
 from .models.checkpoint import load_adapter, load_task_state_dict, save_adapter, task_state_dict
 from .models.config import AdapterConfig
 from .models.families import SitePattern
+from .models.push import push_adapter
 from .models.summary import adapter_summary
 from .models.tasks import (
     active_adapter,
@@ -39,6 +40,7 @@ __all__ = [
     "list_adapters",
     "load_adapter",
     "load_task_state_dict",
+    "push_adapter",
     "save_adapter",
     "set_active_adapter",
     "skip_layers",

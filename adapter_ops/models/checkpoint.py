@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..functional import DTYPES
 from ..wrappers import runs_on
-from . import files
+from . import files, hub
 from .adapters import LOCK, adapters_of, root_of
 from .building import attach, build, check_new, labels_of, plan
 from .config import AdapterConfig
@@ -24,6 +24,8 @@ from .sites import Site, base_modules, base_parameters, find_bodies, find_models
 from .tasks import train_adapter
 
 _DIGEST_TENSORS, _DIGEST_ELEMENTS = 8, 4096
+# Of a repository on the hub. Only the first is read; the others tell which library wrote it where it is not there.
+_FILES = (files.WEIGHTS_FILE, files.CONFIG_FILE, "adapter_config.json")
 
 
 class _Paths:
@@ -142,33 +144,40 @@ def load_adapter(
     sites: Mapping[str, str | SitePattern] | None = None,
     strict: bool = False,
     check_finite: bool = False,
+    revision: str | None = None,
 ) -> str:
     """Adds a saved task to the model as `add_adapter` does: active, trainable, and all else frozen.
 
     Args:
         model: as in `add_adapter`.
-        folder: what `save_adapter` wrote.
+        folder: what `save_adapter` wrote; or "user/name", a repository on the Hugging Face hub that `push_adapter`
+            wrote, if nothing has that path here. It is downloaded into the cache of the package huggingface_hub, whose
+            environment variables (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE) hold.
         name: of the task in this model; by default the one it was saved under.
         modules: which of the saved modules to take; by default all. `()` loads into a model without the head.
         sites: as in `add_adapter`; by default those that the task was saved with.
         strict: whether another base than the task was trained on is an error and not a warning. The base's weights are
             compared by a digest of a few tensors, which also differs if the base was loaded in another dtype.
         check_finite: whether NaN or infinity among the weights is an error.
+        revision: of the repository on the hub: a branch, a tag or the hash of a commit. Default: the branch "main".
 
     Returns:
         The task's name. Its labels are `list_adapters(model)[name].labels`; `model.config` keeps the base's.
 
     Raises:
-        FileNotFoundError: no such folder or file.
+        FileNotFoundError: no such folder or file, nor a repository on the hub; or the hub cannot be reached, and the
+            cache does not have the repository.
+        ImportError: a repository on the hub, and the package huggingface_hub is not installed.
         ValueError: a file that is not what `save_adapter` writes, another architecture, a missing or surplus key, a
-            wrong shape, a name that is taken, or modules that the file or the model does not have. The model is then
-            exactly as it was.
+            wrong shape, a name that is taken, modules that the file or the model does not have, or a revision of a
+            local folder. The model is then exactly as it was.
 
     Warns:
         UserWarning: the base has other weights than the one that the task was trained on, unless `strict`.
     """
+    local = hub.fetch(folder, _FILES, revision)
     with LOCK:
-        return _load(model, folder, name, modules, sites, strict, check_finite)
+        return _load(model, local, name, modules, sites, strict, check_finite)
 
 
 def _load(

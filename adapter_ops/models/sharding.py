@@ -129,7 +129,7 @@ def one_writer(task: nn.Module) -> Iterator[bool]:
     Raises:
         RuntimeError: in the other processes, that the one which writes has raised an error.
     """
-    mesh: Any = next((p.device_mesh for p in task.parameters() if hasattr(p, "device_mesh")), None)
+    mesh = _mesh(task)
     if mesh is None:
         yield True
         return
@@ -145,3 +145,16 @@ def one_writer(task: nn.Module) -> Iterator[bool]:
             torch.distributed.broadcast_object_list(failure, group=mesh.get_group(dim), group_src=0)
     if failure[0] is not None and not writes:
         raise RuntimeError(f"the process that writes for all that share the model failed: {failure[0]}")
+
+
+def of_writer(task: nn.Module, value: Any) -> Any:
+    """The value of the process that writes (see `one_writer`), in every process that shares the task."""
+    mesh, values = _mesh(task), [value]
+    for dim in range(0 if mesh is None else mesh.ndim):
+        torch.distributed.broadcast_object_list(values, group=mesh.get_group(dim), group_src=0)
+    return values[0]
+
+
+def _mesh(task: nn.Module) -> Any:
+    """The mesh that a task's parameters are sharded over, or None."""
+    return next((p.device_mesh for p in task.parameters() if hasattr(p, "device_mesh")), None)
