@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import __version__, reference
 from .functional import bottleneck_adapter, explain
+from .reference import relative_error
 
 DESCRIPTION = """\
 Prints the versions and the devices of this machine, which backend typical adapter calls take on each device and why,
@@ -103,12 +104,6 @@ def errors(found: Results, eager: Results, oracle: Results) -> list[Verdict]:
         eager_off = relative_error(e, expected)
         rows.append(Verdict(name, off, eager_off, 2 * eager_off + epsilon))
     return rows
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """‖found − expected‖ / ‖expected‖, in float64 on the CPU; 0 where the two are equal."""
-    difference = torch.sub(expected, found.cpu()).norm().item()  # the subtraction itself promotes to float64
-    return 0.0 if difference == 0 else difference / expected.norm().item()
 
 
 def results(function: Callable[..., Tensor], inputs: Results, dy: Tensor | None) -> Results:

@@ -96,3 +96,10 @@ def gradients(
         db_down = dz.sum(0) if needs.b_down else None
     parameters = [None if t is None else t.to(w_down.dtype) for t in (dw_down, db_down, dw_up, db_up)]
     return [dx, *parameters, dscale]
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """‖found − expected‖ / ‖expected‖ in float64, on the device of `expected`; 0 where the two are equal."""
+    expected = expected.double()
+    difference = torch.sub(found.to(expected.device), expected).norm()  # promotes `found` without a copy
+    return (difference / expected.norm()).item() if difference else 0.0

@@ -7,9 +7,11 @@ import argparse
 import contextlib
 import math
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
+
+from .files import held
 
 T = TypeVar("T")
 
@@ -30,6 +32,23 @@ class Parser(argparse.ArgumentParser):
             yield
         except (OSError, RuntimeError, ValueError) as error:
             self.error(str(error))
+
+    @contextlib.contextmanager
+    def holding(self, *paths: Path | None) -> Iterator[None]:
+        """Keeps other runs from writing to these files and folders; where one does, that is an error of this parser."""
+        with contextlib.ExitStack() as stack:
+            with self.refusing():
+                for path in paths:
+                    if path is not None:
+                        stack.enter_context(held(path))
+            yield
+
+    def add_list(
+        self, name: str, parse: Callable[[str], Any], default: Iterable[object], help: str = "comma-separated"
+    ) -> None:
+        """Adds an option of values with commas between them, each parsed by `parse`."""
+        text = ",".join(map(str, default))
+        self.add_argument(name, type=listed(parse), default=text, help=f"{help} (default: %(default)s)")
 
 
 def whole(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
@@ -63,16 +82,21 @@ def one_of(kind: str, names: Collection[str]) -> Callable[[str], str]:
     return parse
 
 
-def listed(parse: Callable[[str], T]) -> Callable[[str], list[T]]:
-    """Parses values with commas between them, each by `parse`."""
+def telling(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """Parses by `parse`, and says what its ValueError says, which argparse would leave out."""
 
-    def parse_all(text: str) -> list[T]:
+    def parse_and_tell(text: str) -> T:
         try:
-            return [parse(each) for each in text.split(",")]
-        except ValueError as error:  # argparse would leave its message out
+            return parse(text)
+        except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
 
-    return parse_all
+    return parse_and_tell
+
+
+def listed(parse: Callable[[str], T]) -> Callable[[str], list[T]]:
+    """Parses values with commas between them, each by `parse`."""
+    return telling(lambda text: [parse(each) for each in text.split(",")])
 
 
 def input_file(text: str) -> Path:

@@ -10,7 +10,8 @@ import os
 import sys
 from typing import NoReturn
 
-from ..cli import Parser, listed, one_of, positive
+from ..cli import Parser, one_of, positive, telling
+from ..shape import Shape
 from . import build, rig
 
 MODES = ("fwd", "fwd grad", "bwd", "fwd+bwd", "chain")
@@ -35,14 +36,11 @@ def run(argv: list[str]) -> int:
         return int(not check_all())
     import torch
 
-    from ..speed.cases import Shape
     from . import meter
 
-    with parser.refusing():
-        shape = Shape.parse(args.shape)
     if not args.count:
         rig.spin(args.launch, args.gemm)
-    found = meter.calls(shape, getattr(torch, args.dtype), args.modes, args.compile)
+    found = meter.calls(args.shape, getattr(torch, args.dtype), args.modes, args.compile)
     if args.inner:
         meter.inner(found)
         return 0
@@ -57,7 +55,7 @@ def run(argv: list[str]) -> int:
         print(json.dumps(rows))
         return 0
     unit, digits = ("instructions", 0) if args.count else ("µs", 1)
-    print(f"{shape} {args.dtype}, {unit} a call; in chain an adapter's share of {meter.CHAIN} in a row")
+    print(f"{args.shape} {args.dtype}, {unit} a call; in chain an adapter's share of {meter.CHAIN} in a row")
     print(f"{'':10}{'compiled' if args.compile else 'eager':>12}{'adapter_ops':>12}{'ratio':>8}")
     for mode, (theirs, ours, ratio) in rows.items():
         print(f"{mode:10}{theirs:>12,.{digits}f}{ours:>12,.{digits}f}{ratio:>8.2f}")
@@ -68,14 +66,10 @@ def parse(argv: list[str]) -> tuple[Parser, argparse.Namespace]:
     """The options. Nothing here may import torch."""
     parser = Parser(prog="python -m bench host", description=__doc__)
     add = parser.add_argument
-    add("--shape", default="64x768x64", help="MxDxR (default: %(default)s)")
+    add("--shape", type=telling(Shape.parse), default="64x768x64", help="MxDxR (default: %(default)s)")
     add("--dtype", type=one_of("dtype", ("float32", "float16", "bfloat16")), default="bfloat16")
-    add(
-        "--modes",
-        type=listed(one_of("mode", MODES)),
-        default=",".join(MODES),
-        help="fwd: no gradient; chain: forward and backward of several adapters (default: %(default)s)",
-    )
+    modes_help = "fwd: no gradient; chain: forward and backward of several adapters"
+    parser.add_list("--modes", one_of("mode", MODES), MODES, modes_help)
     add("--seconds", type=positive, default=10.0, help="of timing (default: %(default)s)")
     add("--count", action="store_true", help="count instructions under callgrind instead: no noise, but a minute")
     add("--compile", action="store_true", help="both under torch.compile")

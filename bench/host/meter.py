@@ -15,7 +15,8 @@ from torch import Tensor
 
 from adapter_ops import BottleneckAdapter
 
-from ..speed.cases import Call, Module, Shape, Unfused
+from ..shape import Shape
+from ..speed.cases import Call, Module, Unfused
 from . import rig
 
 CHAIN = 8

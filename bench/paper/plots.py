@@ -1,4 +1,4 @@
-"""A plot a study: means over seeds, every seed a dot."""
+"""A plot a study. The title says what is shown, and the caption on what, and what marks and dots stand for."""
 
 import textwrap
 from collections.abc import Callable, Sequence
@@ -13,7 +13,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
+from ..files import replacing
 from ..speed.plot import COLORS, STYLE
 from .report import Summary, caption, grid, of_study
 from .runs import Ablated, Result, cell_of
@@ -31,8 +33,9 @@ KINDS = {  # of methods: color, marker, name
 def draw(name: str, folder: Path, rows: Sequence[Result], ablated: Sequence[Ablated]) -> Path:
     """Draws a study from rows of one context into `folder`; returns the PNG's path."""
     with plt.rc_context(STYLE):
+        words = "large marks are means, and dots single runs, over seeds"
         if name == "ablation":
-            figure = ablation(ablated)
+            words, figure = "means over seeds", ablation(ablated)
             cells = {cell_of(row) for row in ablated}
             shown = [row for row in rows if cell_of(row) in cells]
         else:
@@ -40,10 +43,11 @@ def draw(name: str, folder: Path, rows: Sequence[Result], ablated: Sequence[Abla
             kinds: dict[str, Callable[[list[Summary]], Figure]] = {"tradeoff": tradeoff, "init": init}
             figure = kinds.get(name, compared)(found)
             shown = [row for s in found for row in s.rows]
-        lines = textwrap.fill(caption(shown), int(21 * figure.get_figwidth()))
+        lines = textwrap.fill(caption(shown, words), int(21 * figure.get_figwidth()))
         figure.text(0.01, 0.01, lines, fontsize=6, color=GREY)
         path = folder / f"{name}-{rows[0].task.replace('/', '-')}.png"
-        figure.savefig(path, dpi=150)
+        with replacing(path) as new:
+            figure.savefig(new, dpi=150)
         plt.close(figure)
     return path
 
@@ -58,8 +62,14 @@ def percent(values: Sequence[float]) -> list[float]:
     return [100 * v for v in values]
 
 
-def label_of(s: Summary) -> str:
-    return f"{s.rows[0].task}: test {s.rows[0].metric}, %"
+def metric_of(found: list[Summary]) -> str:
+    return f"test {found[0].rows[0].metric}"
+
+
+def titled(axes: Axes, found: list[Summary], words: str) -> None:
+    """A title that says what is shown: the metric, `words`, and the model and data."""
+    row = found[0].rows[0]
+    axes.set_title(f"{metric_of(found).capitalize()} {words}\n{row.model} on {row.task}")
 
 
 def compared(found: list[Summary]) -> Figure:
@@ -72,11 +82,11 @@ def compared(found: list[Summary]) -> Figure:
         axes.scatter(100 * mean(s.tests), y, s=60, color=color, marker=marker, zorder=3)
         note = f"{100 * mean(s.tests):.1f}   {s.rows[0].share:.2%}"
         axes.annotate(note, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8.5)
-    axes.annotate(
-        "mean   parameters", (1.01, len(order) - 0.4), xycoords=("axes fraction", "data"), fontsize=7, color=GREY
-    )
+    heads = "mean   share trained"
+    axes.annotate(heads, (1.01, len(order) - 0.4), xycoords=("axes fraction", "data"), fontsize=7, color=GREY)
     axes.set_yticks(range(len(order)), [s.variant.label for s in order])
-    axes.set(xlabel=label_of(found[0]), title="Every seed a dot, means large", ylim=(-0.6, len(order) - 0.2))
+    axes.set(xlabel=f"{metric_of(found)}, %", ylim=(-0.6, len(order) - 0.2))
+    titled(axes, found, "of each variant, best on top")
     return figure
 
 
@@ -93,15 +103,23 @@ def tradeoff(found: list[Summary]) -> Figure:
             axes.scatter(
                 [s.rows[0].trained] * len(s.tests), percent(s.tests), s=12, color=color, alpha=0.4, linewidths=0
             )
+        name += {"adapters": ", bottleneck at the mark", "top": ", number at the mark"}.get(method, "")
         axes.plot(x, y, marker=marker, color=color, label=name, markersize=6)
         for s, a, b in zip(mine, x, y):
             if method in ("adapters", "top"):
-                text = s.variant.text.partition("=")[2]
-                axes.annotate(
-                    text, (a, b), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=7.5, color=color
+                text = axes.annotate(
+                    s.variant.text.partition("=")[2],
+                    (a, b),
+                    xytext=(0, 7),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=8,
+                    color=color,
+                    zorder=6,
                 )
-    axes.set(xscale="log", xlabel="trained parameters, head included", ylabel=label_of(found[0]))
-    axes.set_title("Numbers at the marks: bottleneck, or layers fine-tuned")
+                text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])  # over dots and lines
+    axes.set(xscale="log", xlabel="trained parameters, head included", ylabel=f"{metric_of(found)}, %")
+    titled(axes, found, "against trained parameters")
     axes.legend(frameon=False, loc="upper left")
     return figure
 
@@ -117,17 +135,17 @@ def init(found: list[Summary]) -> Figure:
     for s, a in zip(found, x):
         axes.scatter([a] * len(s.tests), percent(s.tests), s=12, color=OURS, alpha=0.45, linewidths=0)
     axes.axvline(1e-2, color=GREY, linewidth=0.8, linestyle=":")
-    axes.annotate(
-        "the paper's", (1e-2, 0.02), xycoords=("data", "axes fraction"), fontsize=8, color=GREY, ha="right", rotation=90
-    )
-    axes.set(xscale="log", xlabel="σ of the adapters' weights at the start", ylabel=label_of(found[0]))
+    along = dict(xytext=(-3, 0), textcoords="offset points", fontsize=8, color=GREY, ha="right", rotation=90)
+    axes.annotate("the paper's", (1e-2, 0.02), xycoords=("data", "axes fraction"), **along)  # type: ignore[arg-type]
+    axes.set(xscale="log", xlabel="σ of the adapters' weights at the start", ylabel=f"{metric_of(found)}, %")
+    titled(axes, found, "against the spread of the first weights")
     axes.legend(frameon=False, loc="lower left")
     return figure
 
 
 def ablation(ablated: Sequence[Ablated]) -> Figure:
     """The change of the score when the adapters of layers first … last are left out (Figure 6 of the paper)."""
-    figure, axes = canvas(6, 5)
+    figure, axes = canvas(6.4, 5.2)
     scores, layers = grid(ablated), 1 + max(row.last for row in ablated)
     change = np.full((layers, layers), np.nan)
     for (first, last), value in scores.items():
@@ -139,13 +157,19 @@ def ablation(ablated: Sequence[Ablated]) -> Figure:
         for last in range(first, layers):
             value = change[first, last]
             axes.text(
-                last, first, f"{value:+.1f}", ha="center", va="center", fontsize=8, color="w" if value < middle else "k"
+                last,
+                first,
+                f"{value:+.1f}".replace("-", "−"),
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="w" if value < middle else "k",
             )
     axes.set_xticks(range(layers))
     axes.set_yticks(range(layers))
     axes.grid(visible=False)
     axes.set(xlabel="last layer without adapters", ylabel="first layer without adapters")
     row = ablated[0]
-    axes.set_title(f"{row.task}: points of test {row.metric} from {100 * scores[-1, -1]:.1f}%")
-    figure.colorbar(shown, shrink=0.8)
+    axes.set_title(f"Test {row.metric} lost without the adapters of a span of layers\n{row.model} on {row.task}")
+    figure.colorbar(shown, shrink=0.8, label=f"change of test {row.metric} from {100 * scores[-1, -1]:.1f}%, points")
     return figure

@@ -102,15 +102,15 @@ def best_size(found: Iterable[Summary]) -> Summary:
     return max(tried, key=lambda s: s.validation)
 
 
-def caption(rows: Sequence[Result]) -> str:
-    """What was run, on what."""
+def caption(rows: Sequence[Result], words: str = "mean ± standard deviation over seeds") -> str:
+    """What was run, on what; `words` say what is shown of the seeds, whose numbers follow."""
     row, seeds = rows[-1], sorted({row.seed for row in rows})
     commits = ", ".join(dict.fromkeys(row.commit for row in rows))
     dropout = f", dropout {row.dropout}" if row.dropout else ""
     return (
         f"{row.model}, {row.task}: {row.texts} texts, {row.epochs} epochs, batches of {row.batch}, {row.length} tokens"
         f"{dropout}, {row.dtype}; {row.device}; torch {row.torch}; commit {commits}; {row.date}. "
-        f"In percent; mean ± standard deviation over seeds {', '.join(map(str, seeds))}."
+        f"In percent; {words} {', '.join(map(str, seeds))}."
     )
 
 

@@ -11,7 +11,9 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
+
+from ..files import fcntl, try_lock
 
 RUNS, ABLATION, LOCK = "runs.csv", "ablation.csv", "runs.lock"
 
@@ -106,7 +108,7 @@ class Table(Generic[Row]):
         text = io.StringIO()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab+") as file:
-            _fcntl().lockf(file, _fcntl().LOCK_EX)  # waits while another process writes; the end of `with` unlocks
+            fcntl().lockf(file, fcntl().LOCK_EX)  # waits while another process writes; the end of `with` unlocks
             file.seek(0)
             whole = file.read().rfind(b"\n") + 1
             file.truncate(whole)
@@ -131,24 +133,4 @@ def claim(folder: Path, cell: Cell) -> Iterator[bool]:
     byte = int.from_bytes(hashlib.sha256(repr(astuple(cell)).encode()).digest()[:7])
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "ab") as file:
-        try:
-            _fcntl().lockf(file, _fcntl().LOCK_EX | _fcntl().LOCK_NB, 1, byte)
-            mine = True
-        except (BlockingIOError, PermissionError):  # both stand for a lock that another process holds
-            mine = False
-        except OSError as error:
-            raise OSError(
-                f"{folder / LOCK} cannot be locked ({error}): choose a folder on another file system"
-            ) from error
-        yield mine
-
-
-def _fcntl() -> Any:
-    """The module fcntl. Raises RuntimeError where there is none."""
-    try:
-        import fcntl
-    except ImportError as error:
-        raise RuntimeError(
-            "a study locks its files with fcntl, which this platform does not have: run it on Linux or macOS"
-        ) from error
-    return fcntl
+        yield try_lock(file, folder / LOCK, 1, byte)

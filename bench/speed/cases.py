@@ -10,30 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapter_ops import BottleneckAdapter, reference
+from adapter_ops.reference import relative_error
+
+from ..shape import Shape
 
 MODES = ("fwd", "bwd", "fwd+bwd")
 Call = Callable[[], Any]
 Module = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """M tokens, hidden size D, bottleneck R."""
-
-    M: int
-    D: int
-    R: int
-
-    def __str__(self) -> str:
-        return f"{self.M}x{self.D}x{self.R}"
-
-    @classmethod
-    def parse(cls, text: str) -> "Shape":
-        """Shape.parse("4096x768x64"); ValueError for anything else."""
-        sizes = text.split("x")
-        if len(sizes) != 3 or not all(s.isdigit() and int(s) > 0 for s in sizes):
-            raise ValueError(f"shape {text!r} is not of the form MxDxR, such as 4096x768x64")
-        return cls(*map(int, sizes))
 
 
 class Unfused(nn.Module):
@@ -237,8 +220,3 @@ class Gate:
                 if ratio != ratio:
                     break
         return worst
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """‖found − expected‖ / ‖expected‖ in fp64."""
-    return ((found.double() - expected).norm() / expected.norm()).item()

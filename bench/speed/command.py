@@ -10,14 +10,16 @@ from tqdm import tqdm
 
 from ..cli import Parser, listed, one_of, output_file, positive, whole
 from ..environment import environment
+from ..shape import SHAPES_HELP, Shape
 from . import measure
-from .cases import MODES, PROVIDERS, Case, Shape
+from .cases import MODES, PROVIDERS, Case
 from .rows import Row, Writer
 from .runner import run_case
 
-CPU_SHAPES = "4096x768x64,16384x768x64,2048x4096x64,4096x768x8,4096x768x256"
+DTYPES = ("float32", "float16", "bfloat16")
+CPU_SHAPES = ("4096x768x64", "16384x768x64", "2048x4096x64", "4096x768x8", "4096x768x256")
 SIZES = ((384, 64), (768, 8), (768, 64), (768, 256), (1024, 64), (2048, 64), (4096, 64), (4096, 256), (8192, 64))
-CUDA_SHAPES = ",".join(f"{M}x{D}x{R}" for D, R in SIZES for M in (1, 16, 64, 1024, 16384, 65536))
+CUDA_SHAPES = [f"{M}x{D}x{R}" for D, R in SIZES for M in (1, 16, 64, 1024, 16384, 65536)]
 CUDA_AUTOTUNE_SHAPES = "16384x768x64,65536x768x64"  # a minute of compiling each
 HEADS = (
     f"{'M×D×R':>14} {'dtype':>8} {'mode':>7} {'provider':>12} {'user ms':>9} {'p20–p80':>17} {'kernel ms':>9} "
@@ -27,7 +29,13 @@ HEADS = (
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the benchmark; returns 0, or 1 if no row has a time, or 130 if the run was interrupted."""
-    args = parse(argv)
+    parser, args = parse(argv)
+    with parser.holding(args.out):
+        return run(args)
+
+
+def run(args: argparse.Namespace) -> int:
+    """The benchmark with the options of `parse`, while no other run writes to the same file."""
     facts = environment(args.device, args.commit)
     print("; ".join(f"{name} {value}" for name, value in facts.items()))
     print("speed-up over eager and % of the floor: by kernel time, on a CPU by user time")
@@ -92,37 +100,16 @@ def run_all(args: argparse.Namespace) -> Iterator[list[Row]]:
                     bar.write(f"{shape} {dtype} stopped: {measure.message(error)}", file=sys.stderr)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The options; what cannot be run is refused with exit status 2."""
+def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
+    """The parser and the options; what cannot be run is refused with exit status 2."""
     cuda = torch.cuda.is_available()
     available = [name for name, provider in PROVIDERS.items() if provider.available()]
-    dtypes = one_of("dtype", ("float32", "float16", "bfloat16"))
     parser = Parser(prog="python -m bench speed", description=__doc__)
     add = parser.add_argument
-    add(
-        "--shapes",
-        type=listed(Shape.parse),
-        default=CUDA_SHAPES if cuda else CPU_SHAPES,
-        help="MxDxR, comma-separated (default: %(default)s)",
-    )
-    add(
-        "--modes",
-        type=listed(one_of("mode", MODES)),
-        default=",".join(MODES),
-        help="fwd: no gradient; bwd: backward alone (default: %(default)s)",
-    )
-    add(
-        "--providers",
-        type=listed(one_of("provider", PROVIDERS)),
-        default=",".join(available),
-        help="default, all that can run here: %(default)s",
-    )
-    add(
-        "--dtypes",
-        type=listed(dtypes),
-        default="bfloat16" if cuda else "float32,bfloat16",
-        help="default: %(default)s",
-    )
+    parser.add_list("--shapes", Shape.parse, CUDA_SHAPES if cuda else CPU_SHAPES, SHAPES_HELP)
+    parser.add_list("--modes", one_of("mode", MODES), MODES, "fwd: no gradient; bwd: backward alone")
+    parser.add_list("--providers", one_of("provider", PROVIDERS), available, "all that can run here by default")
+    parser.add_list("--dtypes", one_of("dtype", DTYPES), DTYPES[2:] if cuda else DTYPES[::2])
     add(
         "--out",
         type=output_file,
@@ -154,7 +141,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"provider {name!r} needs the package {PROVIDERS[name].package!r}, which is not installed")
     if args.device == "cuda" and not cuda:
         parser.error("argument --device: there is no GPU here that torch can use")
-    return args
+    return parser, args
 
 
 def autotuned(text: str) -> list[Shape] | None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from .cases import Call, Case, Module, Shape
+from ..shape import Shape
+from .cases import Call, Case, Module
 
 Times = dict[str, list[float]]  # provider -> seconds a call, one sample after another
 MAX_SETS = 128

@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from ..cli import Parser, input_file, output_folder
+from ..files import replacing
 from .cases import MODES, PROVIDERS
 from .rows import Row, read
 
@@ -58,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         refused = any(row.dtype == dtype and row.note.startswith("wrong") for row in found)
         for kind, figure in figures(mine, refused).items():
             path = folder / f"{args.csv.stem}-{dtype}-{kind.replace('+', '-')}.png"
-            figure.savefig(path, bbox_inches="tight")
+            with replacing(path) as new:
+                figure.savefig(new, bbox_inches="tight")
             plt.close(figure)
             print(path)
     return 0
@@ -121,6 +123,12 @@ def figure_of(
     return figure, list(axes.flat)
 
 
+def below(axes: list[Axes], words: str) -> None:
+    """Writes a line under the middle panel's axis."""
+    middle = axes[len(axes) // 2]
+    middle.set_xlabel(f"{middle.get_xlabel()}\n{words}")
+
+
 def legend(figure: Figure, names: list[str], lines: bool = True) -> None:
     handles = [
         Line2D([], [], **style(n), linestyle=(":" if n == "copy" else "-") if lines else "", label=NAMES.get(n, n))
@@ -168,26 +176,38 @@ def curves(rows: list[Row], mode: str) -> Figure:
 
 
 def dots(rows: list[Row]) -> Figure:
-    """Latency of a handful of shapes: one line of marks each, a panel for each mode."""
-    names, places = modes(rows), {shape: i for i, shape in enumerate(shapes(rows))}
-    size = (4.4 * len(names) + 3, 0.55 * len(places) + 2.2)
-    figure, axes = figure_of(rows, "Latency of the adapter", (1, len(names)), size)
+    """Latency of a handful of shapes: a band for each, a panel for each mode, and in a band a line for each provider.
+
+    The copy's time is written and not drawn, since an axis that reaches down to it has no room for the others.
+    """
+    names, bands = modes(rows), shapes(rows)
+    lanes = [name for name in providers(rows) if name != "copy"] or ["copy"]
+    size = (4.4 * len(names) + 3, (0.22 * len(lanes) + 0.3) * len(bands) + 2.2)
+    figure, axes = figure_of(rows, "Latency of the adapter, by provider", (1, len(names)), size)
     for ax, mode in zip(axes, names):
         of_mode = [row for row in rows if row.mode == mode]
-        for shape, y in places.items():
-            times = [row.ms for row in of_mode if row.shape == shape and row.ms is not None]
-            if times:
-                ax.plot([min(times), max(times)], [y, y], color="#cccccc", linewidth=1, zorder=1)
-        for name in providers(of_mode):
-            points = [(row.ms, places[row.shape]) for row in of_mode if row.provider == name]
-            ax.plot(*zip(*points), linestyle="", **style(name))
+        for row in of_mode:
+            band, ms = bands.index(row.shape), row.ms or 0.0
+            if row.provider in lanes:
+                y = band + 0.8 * ((lanes.index(row.provider) + 0.5) / len(lanes) - 0.5)
+                ax.plot(ms, y, linestyle="", **style(row.provider))
+                ax.annotate(f"{ms:.3g}", (ms, y), (7, 0), textcoords="offset points", va="center", fontsize=7.5)
+            else:
+                ax.annotate(f"copy {ms:.3g}", (0.01, band), xycoords=("axes fraction", "data"), va="center", fontsize=8)
         ax.set_title(NAMES[mode], loc="left")
         ax.set(xscale="log", xlabel="ms, logarithmic")
-        ax.set_yticks(list(places.values()), ["×".join(map(str, s)) for s in places] if ax is axes[0] else [])
-        ax.set_ylim(len(places) - 0.5, -0.5)
+        ax.margins(x=0.25)
+        ax.set_yticks(range(len(bands)), ["×".join(map(str, s)) for s in bands] if ax is axes[0] else [])
+        ax.tick_params(axis="y", length=0)
+        ax.set_ylim(len(bands) - 0.5, -0.5)
+        ax.grid(axis="y", visible=False)
+        for edge in range(1, len(bands)):
+            ax.axhline(edge - 0.5, color=STYLE["grid.color"], linewidth=1, zorder=1)
         log_axis(ax.xaxis)
     axes[0].set_ylabel("tokens × hidden × bottleneck")
-    legend(figure, providers(rows), lines=False)
+    if any(row.provider == "copy" for row in rows) and lanes != ["copy"]:
+        below(axes, "copy: ms of a copy of the bytes that have to be moved")
+    legend(figure, lanes, lines=False)
     return figure
 
 
@@ -224,32 +244,53 @@ def speedup(rows: list[Row], refused: bool) -> Figure:
 
 
 def roofline(rows: list[Row]) -> Figure:
-    """FLOP/s reached over the FLOPs a byte that the work has, under both ceilings of the run."""
+    """FLOP/s reached over the FLOPs a byte that the work has, under both ceilings of the run; a column a shape.
+
+    Shapes of one R have the same FLOPs a byte, so their columns are set side by side, which the axis says.
+    """
     rows, words = few([row for row in rows if row.provider != "copy"])
     names = modes(rows)
-    figure, axes = figure_of(rows, f"Roofline{words}", (1, len(names)), (4.6 * len(names) + 2, 5.4))
+    what = f"Roofline: FLOP/s that each provider reaches{words}"
+    figure, axes = figure_of(rows, what, (1, len(names)), (4.6 * len(names) + 2, 5.8))
     bandwidth, rate = rows[0].copy_bytes_per_second or 1.0, rows[0].matmul_flops_per_second or 1.0
-    ridge, shown = rate / bandwidth, providers(rows)
+    ridge = rate / bandwidth
     points = [(r, (r.flops or 0) / (r.bytes or 1), (r.flops or 0) / (r.ms or 1) * 1e3) for r in rows]
     left, right = min(ridge / 10, min(p[1] for p in points) / 2), max(ridge, *(p[1] for p in points)) * 3
-    bottom = min(p[2] for p in points) / 3
+    lowest, top = min(p[2] for p in points), 1.6 * rate
+    bottom = (lowest / top**0.3) ** (1 / 0.7)  # the lower 30% of the height are the names of the columns
+    aside = False
     for ax, mode in zip(axes, names):
         ax.plot([left, ridge, right], [bandwidth * left, rate, rate], color="black", linewidth=1.6, zorder=2)
-        for row, intensity, reached in points:
-            if row.mode == mode:
-                apart = 1.06 ** (shown.index(row.provider) - (len(shown) - 1) / 2)  # or equal ones hide each other
-                ax.plot(intensity * apart, reached, linestyle="", alpha=0.85, **style(row.provider))
-        for R, intensity in {row.R: x for row, x, _ in points if row.mode == mode}.items():
-            ax.annotate(f"R = {R}", (intensity, bottom), (0, 4), textcoords="offset points", ha="center", fontsize=9)
-        ax.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, rate * 2))
+        columns: dict[float, list[tuple[int, int, int]]] = {}
+        for row, intensity, _ in points:
+            if row.mode == mode and row.shape not in (column := columns.setdefault(intensity, [])):
+                column.append(row.shape)
+        apart = min(1.4, 2.2 ** (1 / max(map(len, columns.values()))))
+        aside |= max(map(len, columns.values())) > 1
+        for intensity, column in columns.items():
+            for place, shape in enumerate(column):
+                x = intensity * apart ** (place - (len(column) - 1) / 2)
+                mine = [(row, reached) for row, _, reached in points if row.mode == mode and row.shape == shape]
+                ends = [bottom, max(reached for _, reached in mine)]
+                ax.plot([x, x], ends, color=STYLE["grid.color"], linewidth=0.8, zorder=1)
+                for row, reached in mine:
+                    ax.plot(x, reached, linestyle="", alpha=0.85, **style(row.provider))
+                name, box = "×".join(map(str, shape)), {"facecolor": "white", "edgecolor": "none", "pad": 1}
+                along = dict(textcoords="offset points", rotation=90, ha="center", va="bottom", fontsize=8, bbox=box)
+                ax.annotate(name, (x, bottom), (0, 4), **along)  # type: ignore[arg-type]
+        ax.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, top))
         ax.set_xlabel("FLOP per byte that must move")
         ax.annotate(f"matmul {si(rate)}FLOP/s", (right, rate), (-3, 4), textcoords="offset points", ha="right")
-        ax.annotate(f"copy {si(bandwidth)}B/s", (left, bandwidth * left), (4, 34), textcoords="offset points")
+        above = min(rate, bandwidth * left * (right / left) ** 0.36)  # of the line, where the words end
+        ax.annotate(f"copy {si(bandwidth)}B/s", (left, above), (4, 4), textcoords="offset points")
         ax.set_title(NAMES[mode], loc="left")
+        ax.grid(axis="x", visible=False)
         log_axis(ax.xaxis)
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: si(value)))
     axes[0].set_ylabel("FLOP/s")
-    legend(figure, shown, lines=False)
+    if aside:
+        below(axes, "columns of one bottleneck have the same, and are set side by side")
+    legend(figure, providers(rows), lines=False)
     return figure
 
 

@@ -11,6 +11,7 @@ import statistics
 from pathlib import Path
 
 from ..cli import Parser, input_file
+from ..files import write_whole
 from ..paper import report
 from .cases import PROVIDERS
 from .rows import COLUMNS, Row, read, row_of
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError(f"{path} has no marker of a table; see --help")
             filled[path] = fill_in(text, path.parent)
     for path, text in filled.items():
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text)
     return 0
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from .cases import PROVIDERS, Case, Gate, Shape
+from ..shape import Shape
+from .cases import PROVIDERS, Case, Gate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [(name, mode) for name, p in PROVIDERS.items() if p.available() and p.make for mode in p.modes]

@@ -14,7 +14,8 @@ import torch
 import torch._inductor.config
 from tqdm import tqdm
 
-from .cases import PROVIDERS, Case, Shape
+from ..shape import Shape
+from .cases import PROVIDERS, Case
 
 # In a worker: no workers of its own, and no choice between configs kept that was made on a crowded GPU.
 WORKER = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}

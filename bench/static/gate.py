@@ -33,7 +33,8 @@ from adapter_ops.kernels import backward, forward
 from adapter_ops.kernels.configs import blocks
 from adapter_ops.kernels.plan import INTERPRETED, Boxes, Launch, Plan
 from adapter_ops.kernels.problem import UNTUNED, Needs, Problem, Rows, Target, Tuning
-from bench.cli import Parser, listed, one_of, output_file, whole
+from bench.cli import Parser, one_of, output_file, whole
+from bench.files import write_whole
 from bench.static.cards import CARDS, Card
 from bench.static.machine_code import Code, read
 
@@ -257,29 +258,15 @@ def line(row: Row) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the table and the verdict; returns 1 if a kernel fails, else 0."""
+    """Prints the table and the verdict; returns 1 if a kernel fails or none was compiled, else 0."""
     parser = Parser(
         prog="python -m bench static", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options: tuple[tuple[str, Any, Any], ...] = (
-        ("hidden", whole(1), HIDDEN),
-        ("bottleneck", whole(1), BOTTLENECK),
-        ("dtype", one_of("dtype", DTYPES), ("bf16",)),
-        ("arch", one_of("arch", CARDS), ARCHS),
-    )
-    for name, parse, default in options:
-        parser.add_argument(
-            f"--{name}",
-            type=listed(parse),
-            default=",".join(map(str, default)),
-            help="comma-separated (default: %(default)s)",
-        )
-    parser.add_argument(
-        "--kernels",
-        type=listed(one_of("kernel", KERNELS)),
-        default=",".join(KERNELS),
-        help="compile no others (default: %(default)s)",
-    )
+    parser.add_list("--hidden", whole(1), HIDDEN)
+    parser.add_list("--bottleneck", whole(1), BOTTLENECK)
+    parser.add_list("--dtype", one_of("dtype", DTYPES), ["bf16"])
+    parser.add_list("--arch", one_of("arch", CARDS), ARCHS)
+    parser.add_list("--kernels", one_of("kernel", KERNELS), KERNELS, "compile no others")
     parser.add_argument(
         "--random",
         type=whole(1),
@@ -293,6 +280,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if INTERPRETED:
         parser.error("TRITON_INTERPRET is set, under which there is nothing to compile: unset it")
+    with parser.holding(args.json):
+        return run(args)
+
+
+def run(args: argparse.Namespace) -> int:
+    """What `main` does with its options, while no other run writes to the same file."""
     if args.random:
         cells = drawn(args.random, args.seed, args.dtype, args.arch)
     else:
@@ -315,9 +308,8 @@ def main(argv: list[str] | None = None) -> int:
                 tqdm.write(line(row))
             sys.stdout.flush()
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.json, "w") as file:
-            json.dump({"triton": triton.__version__, "rows": [asdict(row) for row in rows]}, file, indent=1)
+        report = {"triton": triton.__version__, "rows": [asdict(row) for row in rows]}
+        write_whole(args.json, json.dumps(report, indent=1))
     bad = sum(bool(row.failures) for row in rows)
     print(f"{len(rows)} kernels: {bad} failures")
-    return int(bad > 0)
+    return int(bad > 0 or not rows)

@@ -36,11 +36,12 @@ from adapter_ops.kernels.problem import (
     forward_problem,
 )
 
-from ..cli import Parser, listed
-from ..speed.cases import Shape
+from ..cli import Parser
+from ..shape import SHAPES_HELP, Shape
 from .formulas import FORMULAS, NOT_COUNTED
 
-SHAPES = "65536x768x8,65536x768x64,65536x768x256,65536x1024x64,65536x4096x64,65536x4096x256,16x4096x64"
+SIZES = ((768, 8), (768, 64), (768, 256), (1024, 64), (4096, 64), (4096, 256))
+SHAPES = [*(Shape(65536, *size) for size in SIZES), Shape(16, 4096, 64)]
 HOPPER = Target((9, 0), 132, unmeasured=True)
 INTERPRETER = Target((9, 0), 4, interpreted=True)
 FLOOR = {"forward": 2, "backward": 3}  # tensors [M, D] moved: x, y; dy, x, dx
@@ -241,12 +242,7 @@ def print_model(shapes: list[Shape]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m bench traffic", description=__doc__)
-    parser.add_argument(
-        "--shapes",
-        type=listed(Shape.parse),
-        default=SHAPES,
-        help="of the model: MxDxR, comma-separated (default: %(default)s)",
-    )
+    parser.add_list("--shapes", Shape.parse, SHAPES, f"of the model: {SHAPES_HELP}")
     args = parser.parse_args(argv)
     equal = printattributed()
     print_model(args.shapes)

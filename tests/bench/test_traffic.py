@@ -15,7 +15,7 @@ from triton import cdiv
 
 from adapter_ops.kernels.plan import INTERPRETED
 from adapter_ops.kernels.problem import Needs
-from bench.speed.cases import Shape
+from bench.shape import Shape
 from bench.static import formulas, traffic
 
 ROOT = Path(__file__).parents[2]

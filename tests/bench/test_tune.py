@@ -10,7 +10,7 @@ from helpers import ROOT, python
 
 from adapter_ops.kernels import configs
 from adapter_ops.kernels.configs import Config
-from bench.speed.cases import Shape
+from bench.shape import Shape
 from bench.static import tune
 from bench.static.tune import Job
 
