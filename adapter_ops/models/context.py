@@ -7,6 +7,7 @@ read that property again in the thread that calls. Hence `Scope.current`.
 
 import contextlib
 import itertools
+import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -58,6 +59,7 @@ class Selection:
     def __init__(self) -> None:
         self.key = next(_keys)
         self.default: Any = None  # a Task, or None for the bare base
+        self.blocks: dict[int, Choice] = {}  # choices of `with` blocks that are open, in whichever thread
 
     def __getstate__(self) -> dict[str, Any]:
         return {"default": self.default}
@@ -65,14 +67,21 @@ class Selection:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.key = next(_keys)
         self.default = state["default"]
+        self.blocks = {}
 
     def _innermost(self) -> Choice | None:
         choice = _NOTHING.current.choices.get(self.key)
         if choice is not None or torch.compiler.is_compiling() or torch._C._current_graph_task_id() < 0:
             return choice
         # A checkpointed layer runs again in backward: on a GPU in a thread of autograd's, where PyTorch keeps the
-        # context of the thread that called backward.
+        # context of the thread that called backward. Before 2.12 it did not.
         if not torch._C._is_key_in_tls("context"):
+            if self.blocks and isinstance(threading.current_thread(), threading._DummyThread):
+                raise RuntimeError(
+                    f"PyTorch {torch.__version__} runs a checkpointed layer again in a thread that does not know which "
+                    "task using_adapter has chosen for the caller of backward: train with set_active_adapter or "
+                    "train_adapter instead of using_adapter, or with PyTorch 2.12 or later"
+                )
             return None
         scope = torch._C._get_obj_in_tls("context").get(_SCOPE)
         return None if scope is None else scope.choices.get(self.key)
@@ -139,7 +148,9 @@ class Selection:
     @contextlib.contextmanager
     def choose(self, decides: bool, task: Any, skipped: frozenset[int] = _NO_LAYERS) -> Iterator[None]:
         choice = self.enter(decides, task, skipped)
+        self.blocks[id(choice)] = choice
         try:
             yield
         finally:
+            self.blocks.pop(id(choice), None)
             self.leave(choice)

@@ -1,5 +1,6 @@
 """Which task a call runs belongs to the call: threads, async tasks, generators, calls inside calls, failed calls."""
 
+import _thread
 import asyncio
 import contextvars
 import copy
@@ -348,6 +349,7 @@ def test_a_task_that_is_deleted_while_it_is_in_use():
     assert list(list_adapters(model)) == ["b"]
 
 
+@pytest.mark.skipif(not hasattr(torch.autograd.graph, "contextvars"), reason="needs PyTorch 2.12")
 def test_backward_in_a_thread_of_autograds(monkeypatch):
     """On a GPU backward, and so a checkpointed layer, runs in another thread than the caller's. PyTorch hands it the
     caller's context, which stands here for a context of the thread's own."""
@@ -367,6 +369,40 @@ def test_backward_in_a_thread_of_autograds(monkeypatch):
         thread.start()
         thread.join()
     assert seen == ["a"] and active_adapter(model) == "b"
+
+
+def test_backward_in_a_thread_that_has_no_context_is_refused_within_a_block(monkeypatch):
+    """PyTorch before 2.12 hands no context to autograd's threads, which Python did not start."""
+    model, _ = two_tasks("bert", "houlsby")
+    seen = []
+    x = torch.ones(2, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda g: seen.append(active_adapter(model)))
+    monkeypatch.setattr(torch._C, "_is_key_in_tls", lambda key: False)
+
+    def backward(done):
+        try:
+            y.sum().backward(retain_graph=True)
+        except RuntimeError as error:
+            seen.append(error)
+        done.set()
+
+    def elsewhere():
+        done = threading.Event()
+        _thread.start_new_thread(backward, (done,))
+        assert done.wait(60)
+        return seen.pop()
+
+    assert elsewhere() == "b"  # the default, since no block is open
+    with using_adapter(model, "a"):
+        assert "train with set_active_adapter or train_adapter" in str(elsewhere())
+        thread = threading.Thread(target=backward, args=(threading.Event(),))  # one of the user's
+        thread.start()
+        thread.join()
+        assert seen.pop() == "b"
+        y.sum().backward(retain_graph=True)
+        assert seen.pop() == "a"
+    assert elsewhere() == "b"
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
