@@ -1,7 +1,8 @@
 """A small BERT with tasks in it, for tests of what tasks do."""
 
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from adapter_ops import AdapterConfig
 
@@ -15,9 +16,37 @@ TOKENS = torch.arange(14).view(2, 7)
 STRONG = AdapterConfig(bottleneck=4, init_std=0.3)
 
 
+class Top(nn.Module):
+    """A base and one head under any name."""
+
+    def __init__(self, name="head", encoder=None, head=None):
+        super().__init__()
+        self.encoder = encoder or bert(BertModel)
+        self.name = name
+        self.add_module(name, head or nn.Linear(32, 5))
+
+    def forward(self, x):
+        return self._modules[self.name](self.encoder(x)[1])
+
+
+@torch.no_grad()
 def logits(model):
-    with torch.no_grad():
-        return model(TOKENS)[0]
+    """The output for TOKENS, or the first of its outputs."""
+    output = model(TOKENS)
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+@torch.no_grad()
+def shake(model):
+    """Changes what trains, since a new adapter hardly changes anything."""
+    for p in model.parameters():
+        if p.requires_grad:
+            p += 0.3 * torch.randn_like(p)
+
+
+def copy_of(model, name, path):
+    """A task's own copy of the module at that path."""
+    return model.adapter_ops.task(name).copy_at[path]
 
 
 def step(model, lr=0.1):

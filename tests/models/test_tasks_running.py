@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers as hf
 from helpers_families import DECODER, T5, TEXT, TWO, make
-from helpers_tasks import STRONG, TOKENS, bert, logits
+from helpers_tasks import STRONG, TOKENS, bert, logits, shake
 from torch import nn
 
 from adapter_ops import (
@@ -33,18 +33,6 @@ from adapter_ops.models.tasks import insert
 pytestmark = pytest.mark.usefixtures("aten")
 
 SMALL = AdapterConfig(bottleneck=1, layer_norms="frozen")
-
-
-def run(model):
-    with torch.no_grad():
-        return model(TOKENS)
-
-
-def shake(model):
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p += 0.3 * torch.randn_like(p)
 
 
 # What an adapter reads and what it adds to, by hand
@@ -300,16 +288,16 @@ class First(nn.Module):
 def test_a_model_pickles_whose_head_comes_after_the_adapters():
     """In an nn.Sequential the adapters are a child of the first child."""
     model = nn.Sequential(bert(hf.BertModel), First()).eval()
-    base = run(model)
+    base = logits(model)
     add_adapter(model, "t", STRONG)
     shake(model)
-    expected = run(model)
+    expected = logits(model)
     for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
-        assert torch.equal(run(other), expected)
+        assert torch.equal(logits(other), expected)
         set_active_adapter(other, None)
-        assert torch.equal(run(other), base)
+        assert torch.equal(logits(other), base)
         delete_adapter(other, "t")
-        assert not any("forward" in vars(m) for m in other.modules()) and torch.equal(run(other), base)
+        assert not any("forward" in vars(m) for m in other.modules()) and torch.equal(logits(other), base)
 
 
 def test_adding_and_deleting_grows_nothing():
