@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from helpers_distributed import (
     CHOICES,
-    Pair,
     X,
     Y,
     adam,
@@ -43,23 +42,6 @@ from adapter_ops import (
     train_adapter,
     using_adapter,
 )
-
-
-@pytest.fixture(scope="module")
-def pairs():
-    made = []
-    yield made
-    for pair in made:
-        pair.kill()
-
-
-@pytest.fixture
-def both(pairs, tmp_path):
-    """both(function, *arguments) runs a function in two processes of one group, which outlive the test."""
-    if not pairs or not pairs[-1].alive:
-        pairs.append(Pair(tmp_path))
-    return pairs[-1]
-
 
 wrapping = pytest.mark.parametrize(("layers", "reshard"), [(True, True), (True, False), (False, True), (False, False)])
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers_distributed import (
-    Pair,
     X,
     Y,
     adam,
@@ -38,22 +37,6 @@ from transformers import BertConfig, BertModel
 from adapter_ops import add_adapter, load_adapter, save_adapter, task_state_dict, train_adapter
 from adapter_ops.integrations.adapterhub import load_adapterhub, save_adapterhub
 from adapter_ops.models import files
-
-
-@pytest.fixture(scope="module")
-def pairs():
-    made = []
-    yield made
-    for pair in made:
-        pair.kill()
-
-
-@pytest.fixture
-def both(pairs, tmp_path):
-    """both(function, *arguments) runs a function in two processes of one group, which outlive the test."""
-    if not pairs or not pairs[-1].alive:
-        pairs.append(Pair(tmp_path))
-    return pairs[-1]
 
 
 def _checkpoint(whole_state, frozen_too):

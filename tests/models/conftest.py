@@ -1,0 +1,21 @@
+"""Two processes for the tests of models that processes share."""
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    made = []
+    yield made
+    for pair in made:
+        pair.kill()
+
+
+@pytest.fixture
+def both(pairs, tmp_path):
+    """both(function, *arguments) runs a function in two processes of one group, which outlive the test."""
+    from helpers_distributed import Pair  # not above, as the other tests here need nothing of torch.distributed
+
+    if not pairs or not pairs[-1].alive:
+        pairs.append(Pair(tmp_path))
+    return pairs[-1]
