@@ -93,7 +93,7 @@ class _Attached:
         return None
 
     def shrink(self, path: Path) -> None:
-        """Leaves the frozen base out of a file, for a model that is not of transformers: Trainer writes its state dict."""
+        """Leaves the frozen base out of a file, for a model that is not of transformers, whose state dict it has."""
         with safe_open(path, "pt") as file:
             names = set(file.keys())
             kept = names - self._frozen()

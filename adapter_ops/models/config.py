@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from ..kernels.activations import find_activation
-from . import files
+from . import files, hub
 from .disk import replace_files
 from .strict_json import parse
 
@@ -214,14 +214,16 @@ class AdapterConfig:
         replace_files(Path(folder), {CONFIG_FILE: f"{self.to_json()}\n".encode()})
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> "AdapterConfig":
+    def from_pretrained(cls, folder: str | os.PathLike[str], *, revision: str | None = None) -> "AdapterConfig":
         """The config that `save_pretrained` wrote into a folder, or that of the task that `save_adapter` wrote there.
 
         Args:
-            folder: has adapter_ops_config.json or adapter_ops.safetensors. With both, the first is read.
+            folder: has adapter_ops_config.json or adapter_ops.safetensors. With both, the first is read. Or a
+                repository "user/name" on the Hugging Face hub, as in `load_adapter`.
+            revision: of that repository: a branch, a tag or the hash of a commit.
 
         Raises:
-            FileNotFoundError: the folder has neither.
+            FileNotFoundError: the folder or the repository has neither, or cannot be reached.
             ValueError: a file that cannot be read, or a field that is unknown or out of range.
 
         >>> import tempfile
@@ -230,12 +232,13 @@ class AdapterConfig:
         ...     AdapterConfig.from_pretrained(folder).bottleneck
         8
         """
-        path = Path(folder, CONFIG_FILE)
+        local = hub.fetch(folder, (CONFIG_FILE, files.WEIGHTS_FILE), revision)
+        path = local / CONFIG_FILE
         if path.is_file():
             fields = parse(path.read_bytes(), str(path))
         else:
             try:
-                fields = files.read_header(folder)["config"]
+                fields = files.read_header(local)["config"]
             except FileNotFoundError as error:
                 raise FileNotFoundError(f"{error}, and no {CONFIG_FILE}") from None
         try:

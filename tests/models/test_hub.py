@@ -16,6 +16,7 @@ from helpers_tasks import STRONG, TOKENS, bert, logits, step
 from torch import nn
 
 from adapter_ops import (
+    AdapterConfig,
     SitePattern,
     adapter_summary,
     add_adapter,
@@ -100,6 +101,13 @@ def test_what_is_uploaded_loads_again(hub, trained):
         "adapter_ops.safetensors",
         "adapter_ops.json",
     }
+
+
+def test_the_config_alone(hub, trained):
+    push_adapter(trained[0], "user/task", "t")
+    assert AdapterConfig.from_pretrained("user/task") == STRONG
+    with pytest.raises(FileNotFoundError, match=r"has no revision 'old'"):
+        AdapterConfig.from_pretrained("user/task", revision="old")
 
 
 def test_branches_messages_and_private_repositories(hub, trained):
