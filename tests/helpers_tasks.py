@@ -57,3 +57,13 @@ def step(model, lr=0.1):
         for p in parameters:
             p -= lr * p.grad / (p.grad.norm() + 1e-6)
             p.grad = None
+
+
+def checkpoint_layers(model, reentrant):
+    """Training with each layer's forward run again in backward, and without dropout, so that it can be compared."""
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0

@@ -1,63 +1,31 @@
 """Which task a call runs belongs to the call: threads, async tasks, generators, calls inside calls, failed calls."""
 
-import _thread
 import asyncio
 import contextvars
 import copy
-import itertools
 import pickle
 import threading
-import time
 
 import pytest
 import torch
 import transformers as hf
-from helpers_families import build, forward
-from helpers_tasks import STRONG, TOKENS, bert, logits, step
+from helpers_context import PRESETS, TASKS, nothing_left, outputs_of, two_tasks
+from helpers_families import forward
+from helpers_tasks import STRONG, TOKENS, bert, logits
 from torch import nn
 
 from adapter_ops import (
-    AdapterConfig,
     active_adapter,
     add_adapter,
     delete_adapter,
     list_adapters,
-    load_adapter,
-    save_adapter,
     set_active_adapter,
     skip_layers,
-    train_adapter,
     using_adapter,
 )
-from adapter_ops.models import hooks
-from adapter_ops.models.context import _NOTHING
 from adapter_ops.models.families import SitePattern
 
 pytestmark = pytest.mark.usefixtures("aten")
-
-PRESETS = ["houlsby", "pfeiffer", "parallel", "adapter_plus"]
-TASKS = ("a", "b", None)
-
-
-def two_tasks(family, preset):
-    """A model of a family with two tasks of a preset whose parameters are random."""
-    model, inputs, _ = build(family)
-    for name in ("a", "b"):
-        add_adapter(model, name, preset)
-        with torch.no_grad():
-            for p in model.parameters():
-                if p.requires_grad:
-                    p.add_(torch.randn_like(p) * 0.2)
-    return model, inputs
-
-
-def nothing_left(model):
-    """Whether no choice is open here and no tensor hangs on what the library has put on the model."""
-    things = [*model.adapter_ops.machinery, *model.adapter_ops.tasks.values()]
-    held = [v for thing in things for v in vars(thing).values() if isinstance(v, torch.Tensor)]
-    open_here = any(choice.live for choice in _NOTHING.current.choices.values())
-    kept = [r for r in hooks._FRAMES.loose.values() if r() is not None]
-    return not held and not kept and hooks._FRAMES.inputs is None and not open_here
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -94,41 +62,9 @@ def test_eight_threads_that_switch_between_three_tasks(family, preset):
     assert wrong == [] and active_adapter(model) == "b" and nothing_left(model)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_threads_that_train_do_not_meet(preset):
-    """Forward and backward in two threads at once: each task's gradients are what they are alone."""
-    model, inputs = two_tasks("bert", preset)
-    model.requires_grad_(False)
-    tasks = {name: model.adapter_ops.task(name).requires_grad_(True) for name in ("a", "b")}
-
-    def gradients(name):
-        with using_adapter(model, name):
-            loss = forward(model, inputs)[0].square().sum()
-            return torch.autograd.grad(loss, list(tasks[name].parameters()))
-
-    expected, found = {name: gradients(name) for name in tasks}, {}
-    threads = [
-        threading.Thread(target=lambda n=name, i=i: found.__setitem__((n, i), gradients(n)))
-        for i in range(3)
-        for name in tasks
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 6
-    for (name, _), gradient in found.items():
-        for f, e in zip(gradient, expected[name]):
-            torch.testing.assert_close(f, e)
-
-
 def test_a_call_in_progress_ends_with_the_task_it_began_with():
     model, inputs = two_tasks("bert", "houlsby")
-    outputs = {}
-    for name in TASKS:
-        set_active_adapter(model, name)
-        with torch.no_grad():
-            outputs[name] = forward(model, inputs)[0]
+    outputs = outputs_of(model, inputs)
     middle = model.bert.encoder.layer[1]
     entered, switched = threading.Event(), threading.Event()
 
@@ -221,11 +157,7 @@ def test_two_models_do_not_share_a_choice():
 
 def test_async_tasks():
     model, inputs = two_tasks("bert", "pfeiffer")
-    outputs = {}
-    for name in TASKS:
-        set_active_adapter(model, name)
-        with torch.no_grad():
-            outputs[name] = forward(model, inputs)[0]
+    outputs = outputs_of(model, inputs)
 
     async def request(name):
         with using_adapter(model, name):
@@ -347,193 +279,3 @@ def test_a_task_that_is_deleted_while_it_is_in_use():
         delete_adapter(model, "a")
         assert torch.equal(forward(model, inputs)[0], expected)
     assert list(list_adapters(model)) == ["b"]
-
-
-@pytest.mark.skipif(not hasattr(torch.autograd.graph, "contextvars"), reason="needs PyTorch 2.12")
-def test_backward_in_a_thread_of_autograds(monkeypatch):
-    """On a GPU backward, and so a checkpointed layer, runs in another thread than the caller's. PyTorch hands it the
-    caller's context, which stands here for a context of the thread's own."""
-    model, _ = two_tasks("bert", "houlsby")
-    seen = []
-    x = torch.ones(2, requires_grad=True)
-    y = x * 2
-    y.register_hook(lambda g: seen.append(active_adapter(model)))
-
-    def backward(context):
-        monkeypatch.setattr(torch.autograd.graph.contextvars, "copy_context", lambda: context)
-        y.sum().backward(retain_graph=True)
-
-    with using_adapter(model, "a"):
-        context = contextvars.copy_context()
-        thread = threading.Thread(target=backward, args=(context,))
-        thread.start()
-        thread.join()
-    assert seen == ["a"] and active_adapter(model) == "b"
-
-
-def test_backward_in_a_thread_that_has_no_context_is_refused_within_a_block(monkeypatch):
-    """PyTorch before 2.12 hands no context to autograd's threads, which Python did not start."""
-    model, _ = two_tasks("bert", "houlsby")
-    seen = []
-    x = torch.ones(2, requires_grad=True)
-    y = x * 2
-    y.register_hook(lambda g: seen.append(active_adapter(model)))
-    monkeypatch.setattr(torch._C, "_is_key_in_tls", lambda key: False)
-
-    def backward(done):
-        try:
-            y.sum().backward(retain_graph=True)
-        except RuntimeError as error:
-            seen.append(error)
-        done.set()
-
-    def elsewhere():
-        done = threading.Event()
-        _thread.start_new_thread(backward, (done,))
-        assert done.wait(60)
-        return seen.pop()
-
-    assert elsewhere() == "b"  # the default, since no block is open
-    with using_adapter(model, "a"):
-        assert "train with set_active_adapter or train_adapter" in str(elsewhere())
-        thread = threading.Thread(target=backward, args=(threading.Event(),))  # one of the user's
-        thread.start()
-        thread.join()
-        assert seen.pop() == "b"
-        y.sum().backward(retain_graph=True)
-        assert seen.pop() == "a"
-    assert elsewhere() == "b"
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_in_a_context(reentrant):
-    model, inputs = two_tasks("bert", "parallel")
-    trained = list(model.adapter_ops.task("a").requires_grad_(True).parameters())
-    with using_adapter(model, "a"):
-        expected = torch.autograd.grad(forward(model, inputs)[0].square().sum(), trained)
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        model.enable_input_require_grads()
-        model.train()
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-        forward(model, inputs)[0].square().sum().backward()
-    for p, e in zip(trained, expected):
-        torch.testing.assert_close(p.grad, e)
-
-
-# torch.compile
-
-
-def dozen():
-    model = bert(num_hidden_layers=2)
-    for i in range(12):
-        add_adapter(model, f"t{i}", STRONG)
-        step(model)
-    return model
-
-
-def test_twelve_tasks_of_a_compiled_model_share_one_compilation():
-    """The default, a context and the bare base are one compilation each, whichever of the twelve tasks runs."""
-    from torch._dynamo.testing import CompileCounterWithBackend
-
-    torch.compiler.reset()
-    model, counter = dozen().requires_grad_(False), CompileCounterWithBackend("eager")
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
-
-    def check(name):
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(TOKENS).logits, model(TOKENS).logits)
-
-    counts = []
-    set_active_adapter(model, None)
-    check(None)
-    counts.append(counter.frame_count)
-    seen = []
-    for name in list_adapters(model):
-        set_active_adapter(model, name)
-        check(name)
-        seen.append(logits(model))
-    counts.append(counter.frame_count)
-    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(seen))
-    for name in list_adapters(model):
-        with using_adapter(model, name):
-            check(name)
-    counts.append(counter.frame_count)
-    assert counts == [1, 2, 3]
-
-
-def test_training_twelve_tasks_compiles_once():
-    from torch._dynamo.testing import CompileCounterWithBackend
-
-    torch.compiler.reset()
-    model, counter = dozen(), CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
-    for name in list_adapters(model):
-        train_adapter(model, name)
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        found = torch.autograd.grad(compiled(TOKENS).logits.square().sum(), parameters)
-        expected = torch.autograd.grad(model(TOKENS).logits.square().sum(), parameters)
-        for f, e in zip(found, expected):
-            torch.testing.assert_close(f, e)
-    assert counter.frame_count == 1
-
-
-def test_threads_of_a_compiled_model():
-    torch.compiler.reset()
-    model = dozen()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    expected = {}
-    for name in list_adapters(model):
-        set_active_adapter(model, name)
-        expected[name] = logits(model)
-    set_active_adapter(model, None)
-    with using_adapter(model, "t0"), torch.no_grad():
-        compiled(TOKENS)
-    wrong = []
-
-    def serve(i):
-        for turn in range(6):
-            name = f"t{(i + turn) % 12}"
-            with torch.no_grad(), using_adapter(model, name):
-                if not torch.allclose(compiled(TOKENS).logits, expected[name], atol=1e-5):
-                    wrong.append(name)
-
-    threads = [threading.Thread(target=serve, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
-
-
-@pytest.mark.parametrize("family, preset", [("bert", "pfeiffer"), ("bert", "parallel"), ("gpt2", "adapter_plus")])
-def test_a_compiled_model_keeps_what_eager_computes(family, preset):
-    torch.compiler.reset()
-    model, inputs = two_tasks(family, preset)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    for name in TASKS:
-        with using_adapter(model, name), torch.no_grad():
-            torch.testing.assert_close(forward(compiled, inputs), forward(model, inputs))
-    with skip_layers(model, [0]), torch.no_grad():
-        torch.testing.assert_close(forward(compiled, inputs), forward(model, inputs))
-
-
-def test_loading_takes_no_longer_beside_two_hundred_tasks(tmp_path):
-    """CPU time of the fastest of twelve loads; the models take turns, since other processes slow some loads down."""
-    models = {}
-    for count in (1, 200):
-        torch.manual_seed(0)
-        model = models[count] = hf.BertModel(hf.BertConfig(vocab_size=99)).eval()
-        add_adapter(model, "t", AdapterConfig(bottleneck=64))
-        save_adapter(model, tmp_path, "t")
-        for i in range(1, count):
-            load_adapter(model, tmp_path, f"t{i}")
-    seconds = {count: [] for count in models}
-    for _ in range(12):
-        for count, model in models.items():
-            start = time.process_time()
-            load_adapter(model, tmp_path, "again")
-            seconds[count].append(time.process_time() - start)
-            delete_adapter(model, "again")
-    assert min(seconds[200]) <= 1.5 * min(seconds[1]), seconds

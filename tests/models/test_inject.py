@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from helpers_tasks import STRONG, TOKENS, bert, logits, step
+from helpers_tasks import STRONG, TOKENS, bert, checkpoint_layers, logits, step
 from torch import nn
 from transformers import BertModel
 
@@ -223,12 +223,7 @@ def test_gradient_checkpointing(reentrant):
     add_adapter(model, "t", STRONG)
     trained = [p for p in model.parameters() if p.requires_grad]
     expected = torch.autograd.grad(model(TOKENS).logits.square().sum(), trained)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model.enable_input_require_grads()
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    checkpoint_layers(model, reentrant)
     model(TOKENS).logits.square().sum().backward()
     for p, e in zip(trained, expected):
         torch.testing.assert_close(p.grad, e)
