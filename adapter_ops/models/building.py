@@ -1,5 +1,6 @@
 """A new task: what it is to have is checked, it is built outside of the model, and then attached to it."""
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from .config import PRESETS, AdapterConfig, Preset
 from .families import SitePattern
 from .hooks import Bound
 from .layers import AdapterLayer
-from .parameters import Labels, Task, beside, copy_modules, key_of, output_of
+from .parameters import Labels, Task, beside, copy_modules, key_of, output_of, resize
 from .sharding import reshard, shard_like
 from .sites import Site, base_modules, find_models, find_norms, find_sites
 
@@ -155,3 +156,31 @@ def labels_of(model: nn.Module, heads: Iterable[nn.Module]) -> Labels | None:
         {int(number): str(label) for number, label in names.items()} if names else None,
         getattr(config, "problem_type", None),
     )
+
+
+def take_labels(
+    folder: str | os.PathLike[str], root: nn.Module, task: Task, saved: dict[str, Any] | None
+) -> list[tuple[nn.Linear, torch.device]]:
+    """Gives a built task the labels of its file, `saved` as a file's header has them, and its heads as many outputs.
+
+    Returns the layers that it made for that on the meta device, with the devices they belong on.
+    """
+    base, task.labels = labels_of(root, [task.copy_at[path] for path in task.heads]), None
+    if saved is None or not task.heads:
+        return []
+    count, names = saved["num_labels"], saved["id2label"]
+    if not 1 <= count < 1 << 31 or not all(n.isdecimal() for n in names or {}):
+        raise ValueError(f"{folder}: num_labels is {count} and id2label has the keys {list(names or {})[:4]}")
+    task.labels = Labels(count, names and {int(n): label for n, label in names.items()}, saved["problem_type"])
+    if base is None or base.num_labels == count:
+        return []
+    outputs = [(path, output) for path in task.heads if (output := output_of(task.copy_at[path])) is not None]
+    fitting = [(path, output) for path, output in outputs if output.out_features == base.num_labels]
+    # A layer before the last, as DistilBERT's pre_classifier, may by chance have as many outputs as there are classes.
+    changing = [(path, output) for path, output in fitting if output.in_features != base.num_labels]
+    new = []
+    for path, old in changing or fitting[-1:]:
+        head, layer = resize(task.copy_at[path], old, count)
+        task.replace_head(path, head)
+        new.append((layer, old.weight.device))
+    return new

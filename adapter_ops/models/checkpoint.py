@@ -15,10 +15,10 @@ from ..functional import DTYPES
 from ..wrappers import runs_on
 from . import files, hub
 from .adapters import LOCK, adapters_of, root_of
-from .building import attach, build, check_new, labels_of, plan
+from .building import attach, build, check_new, plan, take_labels
 from .config import AdapterConfig
 from .families import SitePattern
-from .parameters import Labels, Task, beside, output_of, resize
+from .parameters import Labels, Task, beside
 from .sharding import fill, full, one_writer, reshard
 from .sites import Site, base_modules, base_parameters, find_bodies, find_models
 from .tasks import train_adapter
@@ -216,7 +216,7 @@ def _load(
         _compare_bases(folder, expected, {"name": _base_name(root), "digest": _digest(root, sites, paths)}, strict)
         heads = _choose(folder, header["modules"], wanted, paths)
         task = build(model, config, sites, heads, device="meta")
-        new = _take_labels(folder, root, task, header["labels"])
+        new = take_labels(folder, root, task, header["labels"])
         built.update(task=task, sites=sites, patterns=there, paths=paths, new=new)
         return {key: tuple(t.shape) for key, t in _live(task, paths).items()}
 
@@ -265,34 +265,6 @@ def _choose(folder: str | os.PathLike[str], saved: list[str], wanted: list[str] 
             "head, or load the task without it by modules=()"
         )
     return list(here)
-
-
-def _take_labels(
-    folder: str | os.PathLike[str], root: nn.Module, task: Task, saved: dict[str, Any] | None
-) -> list[tuple[nn.Linear, torch.device]]:
-    """Gives a built task the labels of its file, and its heads as many outputs.
-
-    Returns the layers that it made for that on the meta device, with the devices they belong on.
-    """
-    base, task.labels = labels_of(root, [task.copy_at[path] for path in task.heads]), None
-    if saved is None or not task.heads:
-        return []
-    count, names = saved["num_labels"], saved["id2label"]
-    if not 1 <= count < 1 << 31 or not all(n.isdecimal() for n in names or {}):
-        raise ValueError(f"{folder}: num_labels is {count} and id2label has the keys {list(names or {})[:4]}")
-    task.labels = Labels(count, names and {int(n): label for n, label in names.items()}, saved["problem_type"])
-    if base is None or base.num_labels == count:
-        return []
-    outputs = [(path, output) for path in task.heads if (output := output_of(task.copy_at[path])) is not None]
-    fitting = [(path, output) for path, output in outputs if output.out_features == base.num_labels]
-    # A layer before the last, as DistilBERT's pre_classifier, may by chance have as many outputs as there are classes.
-    changing = [(path, output) for path, output in fitting if output.in_features != base.num_labels]
-    new = []
-    for path, old in changing or fitting[-1:]:
-        head, layer = resize(task.copy_at[path], old, count)
-        task.replace_head(path, head)
-        new.append((layer, old.weight.device))
-    return new
 
 
 def _describe(root: nn.Module, sites: list[Site], paths: _Paths) -> dict[str, Any]:

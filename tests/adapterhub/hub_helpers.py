@@ -21,6 +21,7 @@ needs_hub = pytest.mark.skipif(not HAS_HUB, reason="needs the package adapters")
 
 SIZES = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, vocab_size=60)
 IDS = torch.arange(24).view(4, 6)
+HEAD_FILES = {"head_config.json", "pytorch_model_head.bin"}
 CONFIGS = {
     "DoubleSeqBn": {},
     "SeqBn": {},
@@ -172,3 +173,34 @@ def assert_rejected(folder, match, error=ValueError, **kwargs):
         with pytest.raises(error, match=match):
             load_adapterhub(model, folder, **kwargs)
         assert state_of(model) == before
+
+
+def classifier(labels=2, kind="BertForSequenceClassification", **changes):
+    torch.manual_seed(0)
+    cls = getattr(transformers, kind)
+    return cls(cls.config_class(**SIZES, num_labels=labels, **changes)).eval()
+
+
+def logits(model):
+    return model.eval()(input_ids=IDS).logits.detach()
+
+
+def change_head(folder, **changes):
+    file = folder / "head_config.json"
+    info = json.loads(file.read_text())
+    for key, value in changes.items():
+        into = info["config"] if isinstance(info.get("config"), dict) and key not in info else info
+        into.pop(key, None)
+        if value is not None:
+            into[key] = value
+    file.write_text(json.dumps(info))
+
+
+def change_head_weights(folder, **changes):
+    file = folder / "pytorch_model_head.bin"
+    tensors = torch.load(file)
+    for key, t in changes.items():
+        tensors.pop(key.replace("__", "."), None)
+        if t is not None:
+            tensors[key.replace("__", ".")] = t
+    torch.save(tensors, file)

@@ -1,8 +1,7 @@
-"""AdapterHub's folders: an adapter_config.json and the adapter's weights."""
+"""AdapterHub's folders: an adapter_config.json and the adapter's weights, and perhaps a head (see `heads.py`)."""
 
 import contextlib
 import dataclasses
-import io
 import json
 import os
 import re
@@ -10,28 +9,29 @@ import secrets
 import shutil
 import time
 import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import safetensors.torch
-import torch
 from torch import Tensor, nn
 
-from ...functional import DTYPES
 from ...models.adapters import LOCK, adapters_of, root_of
 from ...models.building import attach, build, check_new, plan
 from ...models.config import AdapterConfig
 from ...models.disk import alive, host
+from ...models.files import CONFIG_FILE as OUR_CONFIG_FILE
 from ...models.files import kind_of
+from ...models.hub import fetch
 from ...models.sharding import full, one_writer, reshard
 from ...models.sites import Site, find_sites
 from ...models.strict_json import check, parse
 from ...models.tasks import train_adapter
+from . import heads
 from .config import read_config, write_config
+from .weights import check_tensor, read_tensors, tensors_as_bytes
 
 CONFIG_FILE, WEIGHTS_FILE, SAFE_WEIGHTS_FILE = "adapter_config.json", "pytorch_adapter.bin", "adapter.safetensors"
+_FILES = (CONFIG_FILE, WEIGHTS_FILE, SAFE_WEIGHTS_FILE)
 FORMAT = "adapters.1.3.0"  # the version of the package whose folders these are
 
 # The fields of an adapter_config.json that are read here, as a pattern for `strict_json.check`.
@@ -51,29 +51,47 @@ _ATTEMPTS = 20  # to read a folder that others save to at the same time
 _HOUR = 60 * 60  # seconds; no save takes longer
 
 
-def load_adapterhub(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None) -> str:
+def load_adapterhub(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    name: str | None = None,
+    *,
+    with_head: bool = True,
+    revision: str | None = None,
+) -> str:
     """Adds the adapter of a folder that AdapterHub wrote to a plain transformers model, as `add_adapter` does.
 
     The adapter is then active, and its parameters, of the model's dtype and on its device, are the only ones that
-    train.
+    train. If the folder has a head, the task gets its own copy of the model's head with the file's weights, as many
+    outputs and the labels. That is so for a head of the model's own class, and for one of AdapterHub's flexible heads
+    where the model's own head computes the same in eval mode (see `heads.CHAINS`). Others are an error.
 
     Args:
         model: of the family, and of the hidden size, that the adapter was trained for.
         folder: has adapter_config.json and adapter.safetensors or pytorch_adapter.bin. Each file is read once. A save
-            to the folder that takes place meanwhile is seen whole or not at all.
+            to the folder that takes place meanwhile is seen whole or not at all. Or "user/name", a repository on the
+            Hugging Face hub with these files, if nothing has that path here, as in `load_adapter`.
         name: for the adapter. Default: the name in the folder.
+        with_head: whether the head in the folder is loaded too. Default: True.
+        revision: of the repository on the hub: a branch, a tag or the hash of a commit. Default: the branch "main".
 
     Returns:
         The adapter's name.
 
     Raises:
-        FileNotFoundError: no such folder, or one without those files.
+        FileNotFoundError: no such folder, or one without those files; or as in `load_adapter`.
+        ImportError: a repository on the hub, and the package huggingface_hub is not installed.
         ValueError: the folder of another library; a config with no counterpart (see `read_config`); another model type
             or hidden size; a file that cannot be read; keys that are missing, left over, of another shape or not of
-            dtype float16, bfloat16, float32 or float64; a name that is taken or malformed. The model is then as it was.
+            dtype float16, bfloat16, float32 or float64; a head that the model's own cannot compute; a name that is
+            taken or malformed; a revision of a local folder. The model is then as it was.
+
+    Warns:
+        UserWarning: the folder has a head, and the model is a base without one; or labels that do not fit the head.
     """
-    folder = Path(folder)
-    text, weights, data = _read(folder)
+    names = (*_FILES, OUR_CONFIG_FILE, *(heads.FILES if with_head else ()))
+    folder = fetch(folder, names, revision)
+    text, weights, data, head_text, head_weights, head_data = _read(folder, with_head)
     info = _fields(folder, text)
     root = root_of(model)
     for key in ("model_type", "hidden_size"):
@@ -86,7 +104,7 @@ def load_adapterhub(model: nn.Module, folder: str | os.PathLike[str], name: str 
     sites = _sites(root, config)
     keys = _keys(root, config, sites, info["name"])
     base = getattr(root, "base_model_prefix", "") + "."  # a model with a head has it, the bare base has not
-    found = {key.removeprefix(base): t for key, t in _tensors(weights, data).items()}
+    found = {key.removeprefix(base): t for key, t in read_tensors(weights, data).items()}
     expected = {key.removeprefix(base): where for key, where in keys.items()}
     if missing := sorted(expected.keys() - found.keys()):
         raise ValueError(f"{weights} lacks {len(missing)} of {len(expected)} keys, first {missing[0]!r}")
@@ -95,12 +113,17 @@ def load_adapterhub(model: nn.Module, folder: str | os.PathLike[str], name: str 
     shapes = {site.name: _shapes(config, site) for site in sites}
     states: dict[str, dict[str, Tensor]] = {}
     for key, (site, ours) in expected.items():
-        _check_tensor(f"{key!r} in {weights}", found[key], shapes[site][ours])
+        check_tensor(f"{key!r} in {weights}", found[key], shapes[site][ours])
         states.setdefault(site, {})[ours] = found[key]
+    head = None
+    if head_text is not None or head_data is not None:
+        head = heads.read(folder, root, sites, head_text, head_weights, head_data)
     name = info["name"] if name is None else name
     with LOCK:
         check_new(model, name)
-        task = build(model, config, sites, ())
+        task = build(model, config, sites, () if head is None else head.modules)
+        if head is not None:
+            heads.fill(task, head, root)
         for site, layer in task.layer_at.items():
             layer.load_state_dict(states[site])
         attach(model, name, task, sites, None)  # before this the model is as it was
@@ -110,6 +133,10 @@ def load_adapterhub(model: nn.Module, folder: str | os.PathLike[str], name: str 
 
 def save_adapterhub(model: nn.Module, folder: str | os.PathLike[str], name: str) -> None:
     """Writes an adapter as a folder that AdapterHub's `model.load_adapter(folder)` reads, all or nothing.
+
+    The task's own head is written as that of the model's class, which AdapterHub loads into a model of this class with
+    as many labels, and into its own classes with flexible heads. A BERT classifier with a pooler of the task's own,
+    as `load_adapterhub` makes it of a flexible head, is written as a flexible head.
 
     The folder is written beside its place under a name that begins with "." and then renamed. If there is a folder
     already, it is first renamed in the same way; a process that is killed at just that moment leaves both, whole, under
@@ -129,7 +156,7 @@ def save_adapterhub(model: nn.Module, folder: str | os.PathLike[str], name: str)
             is then whole.
 
     Warns:
-        UserWarning: the task has parameters outside its adapters, such as a head. The folder cannot hold them.
+        UserWarning: the task has modules of its own that are part of the base. The folder cannot hold them.
     """
     adapters = adapters_of(model, name)
     task = adapters.task(name)
@@ -153,20 +180,28 @@ def save_adapterhub(model: nn.Module, folder: str | os.PathLike[str], name: str)
     reshard(root)
     states = {site: layer.state_dict() for site, layer in task.layer_at.items()}
     tensors = {key: full(states[site][ours]).detach() for key, (site, ours) in keys.items()}
-    if meta := [key for key, t in tensors.items() if t.is_meta]:
+    head, head_tensors, left = heads.write(root, task, sites, stored, FORMAT)
+    head_tensors = {key: full(t.detach()) for key, t in head_tensors.items()}
+    if meta := [key for key, t in (tensors | head_tensors).items() if t.is_meta]:
         raise ValueError(f"{len(meta)} of the adapter's tensors are on the meta device, which holds no values")
-    if own := [f"{path}.{key}" for path, copy in task.copy_at.items() for key, _ in copy.named_parameters()]:
+    if left:
         warnings.warn(
-            f"AdapterHub's folder has no room for the task's parameters outside its adapters: {own}", stacklevel=2
+            f"AdapterHub's folder has no room for the task's own modules that are part of the base, or of a base "
+            f"without a head: {left}. save_adapter keeps them",
+            stacklevel=2,
         )
     folder = Path(folder).resolve()
     with one_writer(task) as writes:
         if writes:
             _check_replaceable(folder)
-            data = io.BytesIO()
-            torch.save({key: t.cpu().clone() for key, t in tensors.items()}, data)  # AdapterHub's default
-            text = json.dumps(info, indent=2, sort_keys=True)
-            _replace(folder, {CONFIG_FILE: text.encode(), WEIGHTS_FILE: data.getvalue()})
+            contents = {CONFIG_FILE: _json(info), WEIGHTS_FILE: tensors_as_bytes(tensors)}
+            if head:
+                contents |= {heads.CONFIG_FILE: _json(head), heads.WEIGHTS_FILE: tensors_as_bytes(head_tensors)}
+            _replace(folder, contents)
+
+
+def _json(fields: dict[str, Any]) -> bytes:
+    return json.dumps(fields, indent=2, sort_keys=True).encode()
 
 
 def _sites(model: nn.Module, config: AdapterConfig) -> list[Site]:
@@ -219,27 +254,29 @@ def _shapes(config: AdapterConfig, site: Site) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _check_tensor(what: str, t: Any, shape: tuple[int, ...]) -> None:
-    if not isinstance(t, Tensor) or t.layout is not torch.strided or t.is_meta:
-        raise ValueError(f"{what} is no dense tensor")
-    if t.dtype not in DTYPES:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in sorted(DTYPES, key=str))
-        raise ValueError(f"{what} has dtype {t.dtype}, expected one of {known}")
-    if tuple(t.shape) != shape:
-        raise ValueError(f"{what} has shape {tuple(t.shape)}, expected {shape}")
+class _Read(NamedTuple):
+    """The contents of a folder's files, all of one save, and the paths of those with weights; None for no such file."""
+
+    config: bytes
+    weights: Path
+    data: bytes
+    head: bytes | None
+    head_weights: Path
+    head_data: bytes | None
 
 
-def _read(folder: Path) -> tuple[bytes, Path, bytes]:
-    """The bytes of the config, the path of the weights, and their bytes, all of one save."""
+def _read(folder: Path, with_head: bool) -> _Read:
     file = folder / CONFIG_FILE
     missing = 0
     for _ in range(_ATTEMPTS):
         try:
             before, text = os.stat(file), file.read_bytes()
-            weights = folder / SAFE_WEIGHTS_FILE
-            if not weights.is_file():
-                weights = folder / WEIGHTS_FILE
-            data, after = weights.read_bytes(), os.stat(file)
+            weights = _first(folder, SAFE_WEIGHTS_FILE, WEIGHTS_FILE)
+            data = weights.read_bytes()
+            head, head_weights = folder / heads.CONFIG_FILE, _first(folder, heads.SAFE_WEIGHTS_FILE, heads.WEIGHTS_FILE)
+            head_text = head.read_bytes() if with_head and head.is_file() else None
+            head_data = head_weights.read_bytes() if with_head and head_weights.is_file() else None
+            after = os.stat(file)
         except FileNotFoundError as error:
             missing += 1
             if missing > 2:
@@ -247,8 +284,12 @@ def _read(folder: Path) -> tuple[bytes, Path, bytes]:
             time.sleep(0.01)  # a save has no folder in its place for the moment between two renames
             continue
         if (before.st_ino, before.st_mtime_ns, before.st_size) == (after.st_ino, after.st_mtime_ns, after.st_size):
-            return text, weights, data
+            return _Read(text, weights, data, head_text, head_weights, head_data)
     raise ValueError(f"{folder} changed {_ATTEMPTS} times while it was read: load it when no other process saves to it")
+
+
+def _first(folder: Path, preferred: str, other: str) -> Path:
+    return folder / (preferred if (folder / preferred).is_file() else other)
 
 
 def _not_here(folder: Path) -> ValueError | None:
@@ -271,28 +312,11 @@ def _fields(folder: Path, text: bytes) -> dict[str, Any]:
     return info
 
 
-def _tensors(file: Path, data: bytes) -> dict[str, Tensor]:
-    """The tensors in the bytes of a weights file."""
-    try:
-        if file.name == SAFE_WEIGHTS_FILE:
-            tensors = safetensors.torch.load(data)
-        else:
-            if zipfile.is_zipfile(io.BytesIO(data)):
-                with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                    if sum(entry.file_size for entry in archive.infolist()) > len(data):
-                        raise ValueError("it is compressed, as torch.save never does it")
-            tensors = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        first = r"(attention|layer)_text_(task|lang)_adapters"  # the modules' name in AdapterHub's first releases
-        return {re.sub(first, "adapters", key): t for key, t in tensors.items()}
-    except Exception as error:  # zip, pickle and safetensors have errors of no common class
-        raise ValueError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
-
-
 def _check_replaceable(folder: Path) -> None:
     """Raises FileExistsError where a save would destroy anything but an adapter of AdapterHub."""
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     kind = kind_of(folder)
-    others = [name for name in names if name not in (CONFIG_FILE, WEIGHTS_FILE, SAFE_WEIGHTS_FILE)]
+    others = [name for name in names if name not in (*_FILES, *heads.FILES)]
     if kind in _OTHERS:
         held = _OTHERS[kind][0]
     elif others:
