@@ -289,7 +289,7 @@ def roofline(rows: list[Row]) -> Figure:
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: si(value)))
     axes[0].set_ylabel("FLOP/s")
     if aside:
-        below(axes, "columns of one bottleneck have the same, and are set side by side")
+        below(axes, "shapes of one bottleneck have the same FLOP per byte, and stand side by side")
     legend(figure, providers(rows), lines=False)
     return figure
 

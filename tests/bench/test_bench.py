@@ -14,6 +14,7 @@ from bench.speed import runner as run
 from bench.speed.cases import MODES, PROVIDERS, Case, Gate, Provider
 from bench.speed.rows import COLUMNS, read
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[2]
 FLOORS = measure.Floors(1e10, 1e11)
 CPU_PEERS = ("eager", "in-place", "adapter_ops", "copy")

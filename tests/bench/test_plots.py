@@ -96,7 +96,7 @@ def test_every_shape_of_a_roofline_has_a_column_with_its_name():
         assert [len(ys) for ys in columns.values()] == [count] * len(SHAPES)
         named = {text.xy[0]: text.get_text() for text in axes.texts if "×" in text.get_text()}
         assert named.keys() == columns.keys() and set(named.values()) == {"×".join(map(str, s)) for s in SHAPES}
-    assert any("set side by side" in axes.get_xlabel() for axes in figure.axes)
+    assert any("stand side by side" in axes.get_xlabel() for axes in figure.axes)
     plt.close(figure)
     alone = plot.roofline(list(made_up([(8, 16, 4), (8, 16, 8)])))
     assert all("side by side" not in axes.get_xlabel() for axes in alone.axes)
