@@ -53,5 +53,5 @@ setup(
     package_data={"adapter_ops": ["py.typed"], "adapter_ops.kernels": ["*.c"]},
     # Package indexes have Triton for Linux alone. safetensors writes tensors of PyTorch only with its extra "torch".
     install_requires=["torch>=2.11", 'triton>=3.6; sys_platform == "linux"', "safetensors[torch]"],
-    extras_require={"test": test},
+    extras_require={"hub": ["huggingface_hub"], "test": test},
 )
