@@ -94,7 +94,7 @@ def card(root: nn.Module, header: dict[str, Any], size: TaskSize, repo_id: str, 
         revision: as `repo_id`; None is the branch "main".
     """
     base, labels = header["base"], header["labels"]
-    # A local folder's path tells others nothing, and is not theirs to know.
+    # A local folder's path tells others nothing.
     known = base["name"] is not None and _BASE_ID.fullmatch(base["name"]) and not Path(base["name"]).exists()
     base_id = base["name"] if known else None
     metadata = {
@@ -109,7 +109,8 @@ def card(root: nn.Module, header: dict[str, Any], size: TaskSize, repo_id: str, 
         (f"other modules ({modules})" if modules else "other modules", size.modules),
         ("all", size.total),
     )
-    share = size.share / size.total if size.total else 0.0
+    share = size.share / size.total if size.total else 0.0  # of one parameter
+    digest = f" (digest {_code(base['digest'][:12])})" if base["digest"] else ""
     base_text = _code(base_id) if base_id else f"a base model of type {_code(str(base['model_type']))}"
     lines = [
         "---",
@@ -127,8 +128,8 @@ def card(root: nn.Module, header: dict[str, Any], size: TaskSize, repo_id: str, 
         *_loading(root, base_id, labels, repo_id, revision),
         "```",
         "",
-        "The outputs are those that the adapters were saved with if the base has the weights that they were trained on "
-        f"(digest {_code((base['digest'] or 'none')[:12])}); `load_adapter` warns where it has others.",
+        "The outputs are those that the adapters were saved with if the base has the weights that they were trained "
+        f"on{digest}; `load_adapter` warns where it has others.",
         "",
         "## Parameters",
         "",

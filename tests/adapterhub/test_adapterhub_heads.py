@@ -175,6 +175,18 @@ def test_a_save_that_fails_leaves_the_head(saved, monkeypatch):
     assert contents(folder) == before
 
 
+def test_a_task_with_a_part_of_the_head(tmp_path):
+    """AdapterHub's files have all of it, so the rest comes from the base."""
+    model, fresh = (classifier(3, "DebertaV2ForSequenceClassification", pooler_hidden_size=32) for _ in range(2))
+    torch.nn.init.normal_(model.pooler.dense.weight)
+    add_adapter(model, "a", "pfeiffer", modules="classifier")
+    randomise(model, "adapter_ops")
+    save_adapterhub(model, tmp_path / "a", "a")
+    load_adapterhub(fresh, tmp_path / "a")
+    assert list_adapters(fresh)["a"].modules == ("pooler", "classifier")
+    assert torch.equal(logits(fresh), logits(model))
+
+
 def test_a_repository_on_the_hub(saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))

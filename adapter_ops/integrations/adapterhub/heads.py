@@ -17,7 +17,7 @@ from ...models.building import labels_of, take_labels
 from ...models.parameters import Task
 from ...models.sharding import full
 from ...models.sites import Site, find_bodies, find_heads
-from ...models.strict_json import check, parse
+from ...models.strict_json import check, parse, short
 from .weights import check_tensor, read_tensors
 
 CONFIG_FILE, WEIGHTS_FILE, SAFE_WEIGHTS_FILE = "head_config.json", "pytorch_model_head.bin", "model_head.safetensors"
@@ -141,7 +141,7 @@ def _static(
     """The head of a file that a model of the same class wrote."""
     modules = tuple(find_heads(root, sites))
     own = {key: t for key, t in tensors.items() if key.startswith(tuple(f"{path}." for path in modules))}
-    for key in tensors.keys() - own.keys():
+    for key in sorted(tensors.keys() - own.keys()):  # in one order, since processes that share a model gather there
         there = _tensor_of(root, key)
         if there is None:
             raise ValueError(f"{file} has {key!r}, and no head of the {type(root).__name__} has it: {_WITHOUT}")
@@ -164,7 +164,7 @@ def _flexible(folder: Path, root: nn.Module, info: dict[str, Any], file: Path, t
     if chain is None:
         known = " or ".join(_describe(*_of_chain(chain, root)) for chain in chains) or "no head that is known here"
         given = (fields["head_type"], fields["layers"], fields["activation_function"], fields["use_pooler"])
-        bias = "" if fields["bias"] is True else f", bias={fields['bias']!r}"
+        bias = "" if fields["bias"] is True else f", bias={short(fields['bias'])}"
         raise ValueError(
             f"the head in {folder} is {_describe(*given)}{bias}, a {type(root).__name__} has {known}: run this head "
             f"with the package adapters, or {_WITHOUT}"
@@ -210,8 +210,8 @@ def _of_chain(chain: Chain, root: nn.Module) -> tuple[tuple[str, ...], int, str 
 
 def _describe(types: str | tuple[str, ...], layers: Any, activation: Any, use_pooler: Any) -> str:
     kind = types if isinstance(types, str) else types[0]
-    between = f", activation_function={activation!r}" if layers != 1 else ""
-    return f"head_type={kind!r}, layers={layers!r}{between}, use_pooler={use_pooler!r}"
+    between = f", activation_function={short(activation)}" if layers != 1 else ""
+    return f"head_type={short(kind)}, layers={layers}{between}, use_pooler={short(use_pooler)}"
 
 
 def _labels(folder: Path, root: nn.Module, info: dict[str, Any], problem: str | None) -> dict[str, Any]:
