@@ -288,12 +288,13 @@ def python(*arguments):
     return subprocess.Popen([sys.executable, "-W", "ignore", *arguments], cwd=ROOT, env=environment, **pipes)
 
 
+# python -m bench speed, without the seconds that the floors take.
 SPEED = """
-import sys
-from bench.commands import main
+import runpy, sys
 from bench.speed import measure
-measure.measure_floors = lambda dtype, device: measure.Floors(1e10, 1e11)  # seconds in which nothing else is tried
-sys.exit(main(["speed", *sys.argv[1:]]))
+measure.measure_floors = lambda dtype, device: measure.Floors(1e10, 1e11)
+sys.argv[1:1] = ["speed"]
+runpy.run_module("bench", run_name="__main__", alter_sys=True)
 """
 
 
