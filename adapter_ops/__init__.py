@@ -8,6 +8,7 @@ if not Path(__path__[0], "kernels").is_dir():
     __path__.append(str(Path(__path__[0]).parent))
 
 from .functional import bottleneck_adapter, explain
+from .grouped import grouped_bottleneck_adapter
 from .models.checkpoint import load_adapter, load_task_state_dict, save_adapter, task_state_dict
 from .models.config import AdapterConfig
 from .models.families import SitePattern
@@ -37,6 +38,7 @@ __all__ = [
     "bottleneck_adapter",
     "delete_adapter",
     "explain",
+    "grouped_bottleneck_adapter",
     "list_adapters",
     "load_adapter",
     "load_task_state_dict",
