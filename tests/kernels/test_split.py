@@ -10,6 +10,8 @@ from adapter_ops.kernels.activations import ACTIVATIONS
 from adapter_ops.kernels.plan import target
 from adapter_ops.kernels.problem import Needs, Options, Weights, backward_problem
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # With tiles of 128 columns for M ≤ 64 and fewer above, D = 300 takes up to three splits, the last of them ragged.
 FORMS = pytest.mark.parametrize("splits", [1, 2, 3], indirect=True)
 

@@ -1,6 +1,11 @@
-"""Two processes for the tests of models that processes share."""
+"""One thread for the models here, which are tiny, and two processes for the tests of models that processes share."""
 
 import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_models(one_thread):
+    """With two threads of PyTorch's they take up to ten times as long, as each worker of pytest has its own two."""
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ from adapter_ops.models.sites import find_heads, find_sites
 from adapter_ops.models.tasks import add_adapter
 
 pytestmark = [
-    pytest.mark.usefixtures("aten", "one_thread"),
+    pytest.mark.usefixtures("aten"),
     pytest.mark.filterwarnings("ignore:.*outside the base belong to no head"),  # the bias of a tied head
 ]
 

@@ -24,7 +24,8 @@ def test_large_enough_for_onednn(use_path, dtype, own_residual, scale, bias):
 @pytest.mark.parametrize("M, D, R", [(65, 20, 6), (700, 130, 200)])
 @pytest.mark.parametrize("name", ["w_down", "b_down", "w_up", "b_up", "scale"])
 def test_strided_parameters(path, name, M, D, R):
-    call = Call(M, D, R, scale="channel")
+    """The larger call is one of oneDNN's on the CPU; for the kernels its 130 columns and R of 200 are several tiles."""
+    call = Call(min(M, 130) if path == "interpreter" else M, D, R, scale="channel")
     wide = torch.stack([torch.randn_like(call.inputs[name]), call.inputs[name]], -1)
     call.inputs[name] = wide[..., 1]
     check(call, path)

@@ -12,6 +12,8 @@ from adapter_ops import bottleneck_adapter, explain, ops, reference
 from adapter_ops.kernels.activations import ACTIVATIONS
 from adapter_ops.kernels.plan import INTERPRETED
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.mark.parametrize("M", [0, 1, 63, 129])
 @pytest.mark.parametrize("R", [1, 8, 12, 24, 64, 96, 200, 300])

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from adapter_ops import bottleneck_adapter, reference
 from adapter_ops.kernels.activations import ACTIVATIONS
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = [(torch.float32, None), (torch.float16, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32)]
 
 

@@ -10,6 +10,8 @@ from torch import nn
 
 from adapter_ops import BottleneckAdapter, bottleneck_adapter, reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

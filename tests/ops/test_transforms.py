@@ -17,6 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from adapter_ops import BottleneckAdapter, backend, bottleneck_adapter, explain, reference
 from adapter_ops.kernels.activations import ACTIVATIONS
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # torch.func
 
 

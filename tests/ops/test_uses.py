@@ -12,7 +12,7 @@ from torch import nn
 from adapter_ops import AdapterConfig, add_adapter, delete_adapter, set_active_adapter, train_adapter, using_adapter
 from adapter_ops.models.families import SitePattern
 
-pytestmark = pytest.mark.usefixtures("aten")
+pytestmark = pytest.mark.usefixtures("aten", "one_thread")
 
 CONFIGS = {
     "houlsby": CONFIG,
