@@ -205,18 +205,6 @@ forward_op = torch.ops.adapter_ops.grouped_forward.default
 backward_op = torch.ops.adapter_ops.grouped_backward.default
 
 
-def _parts(x: Tensor, order: Tensor, counts: list[int]) -> tuple[Tensor, ...]:
-    """The rows of x [M, D] by task: those without a task first."""
-    return x.index_select(0, order).split(counts)
-
-
-def _joined(parts: list[Tensor], order: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Rows by task, in their own order again. To gather rows is faster than to scatter them."""
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order))
-    return torch.cat([part.to(dtype) for part in parts]).index_select(0, inverse).view(shape)
-
-
 def _of_task(weights: Weights) -> list[Weights]:
     """The parameters of each task; a scale is then one element or D."""
     each = [[None] * len(weights.w_down) if t is None else t.unbind(0) for t in weights]
@@ -234,18 +222,21 @@ def _forward(
     order = task_ids.argsort(stable=True)
     numbers = torch.bincount(task_ids + 1, minlength=len(w_down) + 1)
     counts = numbers.tolist()
-    own = _parts(x_rows, order, counts)
-    others = own if residual is None else _parts(added_to, order, counts)
-    y_parts = [others[0]]
-    z_parts = [x.new_zeros((counts[0], w_down.shape[1]), dtype=dtype)]
-    for x_part, r_part, parameters in zip(own[1:], others[1:], _of_task(weights)):
-        if len(x_part):
-            y_part, z_part = cpu.forward(x_part, r_part, parameters, options, save_z)
-            y_parts.append(y_part)
-            if z_part is not None:
-                z_parts.append(z_part)
-    y = _joined(y_parts, order, x.shape, torch.promote_types(added_to.dtype, dtype))
-    return y, torch.cat(z_parts) if save_z else x.new_empty(0, dtype=dtype), order, numbers
+    y = x.new_empty(x.shape, dtype=torch.promote_types(added_to.dtype, dtype))
+    z = x.new_zeros((len(x_rows), w_down.shape[1]) if save_z else (0,), dtype=dtype)
+    y_rows, (without, *others) = y.view(x_rows.shape), order.split(counts)
+    z_parts = z.split(counts)[1:] if save_z else [z] * len(others)
+    y_rows[without] = added_to[without].to(y.dtype)
+    # A task's rows are gathered and put back by themselves, so that they stay in the processor's cache.
+    for numbers_of_rows, z_part, parameters in zip(others, z_parts, _of_task(weights)):
+        if len(numbers_of_rows):
+            x_part = x_rows[numbers_of_rows]
+            r_part = x_part if residual is None else added_to[numbers_of_rows]
+            y_part, z_found = cpu.forward(x_part, r_part, parameters, options, save_z)
+            y_rows[numbers_of_rows] = y_part
+            if z_found is not None:
+                z_part.copy_(z_found)
+    return y, z, order, numbers
 
 
 def _backward(
@@ -254,20 +245,22 @@ def _backward(
     """The gradients asked for, in the order of `Needs`, without the gaps."""
     weights, options = dense(Weights(w_down, b_down, w_up, b_up, scale_tensor)), Options(activation, scale, dtype)
     asked, numbers = Needs(*needs), counts.tolist()
-    own, gradients = _parts(rows(x), order, numbers), _parts(rows(dy), order, numbers)
-    dx_parts = [gradients[0] if residual_is_x else torch.zeros_like(own[0])]
+    x_rows, dy_rows, (without, *others) = rows(x), rows(dy), order.split(numbers)
+    dx = x.new_zeros(x.shape) if asked.x else None
+    dx_rows = None if dx is None else dx.view(x_rows.shape)
     made = [torch.zeros_like(t) if need and t is not None else None for need, t in zip(needs[1:], weights)]
-    for task, (x_part, dy_part, z_part, parameters) in enumerate(
-        zip(own[1:], gradients[1:], z.split(numbers)[1:], _of_task(weights))
-    ):
-        if len(x_part):
+    if dx_rows is not None and residual_is_x:
+        dx_rows[without] = dy_rows[without].to(x.dtype)
+    parts = zip(others, z.split(numbers)[1:], _of_task(weights))
+    for task, (numbers_of_rows, z_part, parameters) in enumerate(parts):
+        if len(numbers_of_rows):
+            x_part, dy_part = x_rows[numbers_of_rows], dy_rows[numbers_of_rows]
             dx_part, *found = cpu.backward(dy_part, x_part, z_part, parameters, options, asked, residual_is_x)
-            if dx_part is not None:
-                dx_parts.append(dx_part)
+            if dx_rows is not None:
+                dx_rows[numbers_of_rows] = dx_part
             for total, part in zip(made, found):
                 if total is not None and part is not None:
                     total[task].copy_(part.view(total[task].shape))
-    dx = _joined(dx_parts, order, x.shape, x.dtype) if asked.x else None
     return [t for t in (dx, *made) if t is not None]
 
 
