@@ -40,18 +40,20 @@ setup(
         "Operating System :: OS Independent",
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
-    python_requires=">=3.11",
+    python_requires=">=3.10",
     # adapter_ops/kernels is a link to kernels/. Where a checkout or an archive has no links, it is a file of one line,
     # so builds take the folder itself. This has no __init__.py: a top-level package of that name would shadow the one
     # that transformers imports.
     packages=[*find_packages(include=["adapter_ops", "adapter_ops.*"]), "adapter_ops.kernels"],
     package_dir={"adapter_ops.kernels": "kernels"},
     package_data={"adapter_ops": ["py.typed"], "adapter_ops.kernels": ["*.c"]},
+    # The oldest with which the tests were run and pass: Python 3.10, torch 2.10.0 and Triton 3.6.0, in one environment.
     # Package indexes have Triton for Linux alone. safetensors writes tensors of PyTorch only with its extra "torch".
-    install_requires=["torch>=2.11", 'triton>=3.6; sys_platform == "linux"', "safetensors[torch]"],
+    install_requires=["torch>=2.10", 'triton>=3.6; sys_platform == "linux"', "safetensors[torch]"],
     extras_require={"hub": ["huggingface_hub"], "test": test},
 )

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from adapter_ops import bottleneck_adapter, ops, reference
 from adapter_ops.kernels.problem import Tuning, Weights
+from adapter_ops.reference import relative_error
 
 ROOT = Path(__file__).parent.parent
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -89,12 +90,6 @@ class Call:
 
     def oracle(self, wanted=None) -> dict[str, Tensor]:
         return self.gradients(reference.bottleneck_adapter, wanted, torch.float64)
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """‖found − expected‖ / ‖expected‖ in fp64; 0 where both are empty or zero."""
-    difference = (found.double() - expected).norm().item()
-    return 0.0 if difference == 0 else difference / expected.norm().item()
 
 
 def assert_two_times_rule(found, eager, oracle, slack: float = 0.0) -> None:

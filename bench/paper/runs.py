@@ -130,7 +130,7 @@ def claim(folder: Path, cell: Cell) -> Iterator[bool]:
         OSError: the file system has no locks.
         RuntimeError: the platform has no locks.
     """
-    byte = int.from_bytes(hashlib.sha256(repr(astuple(cell)).encode()).digest()[:7])
+    byte = int.from_bytes(hashlib.sha256(repr(astuple(cell)).encode()).digest()[:7], "big")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "ab") as file:
         yield try_lock(file, folder / LOCK, 1, byte)

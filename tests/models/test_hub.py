@@ -346,11 +346,13 @@ def test_the_cards_code_runs(hub, trained, tmp_path):
     cached(tmp_path / "home" / "hub", "user/base", contents(tmp_path / "base"))
     cached(tmp_path / "home" / "hub", "user/name", hub.files("user/name"))
     code += f"import torch\ntorch.save(model.eval()(torch.tensor({TOKENS.tolist()}))[0].detach(), 'logits.pt')\n"
-    (tmp_path / "work" / "code.py").write_text(code)
+    (tmp_path / "work" / "of_the_card.py").write_text(code)
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": ""}
     del environment["HF_HUB_CACHE"]
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    subprocess.run([sys.executable, "-W", "error::UserWarning:adapter_ops", "code.py"], env=environment, check=True)
+    subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:adapter_ops", "of_the_card.py"], env=environment, check=True
+    )
     torch.testing.assert_close(torch.load("logits.pt"), logits(model))
     set_active_adapter(model, None)
     assert not torch.allclose(torch.load("logits.pt"), logits(model))
