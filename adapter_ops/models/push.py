@@ -70,8 +70,9 @@ def push_adapter(
                 repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
                 if revision is not None:
                     api.create_branch(repo_id, branch=revision, exist_ok=True)
+                header = _without_local_path(folder)
                 if not api.file_exists(repo_id, _CARD, revision=revision):
-                    text = card(root, files.read_header(folder), size, repo_id, revision)
+                    text = card(root, header, size, repo_id, revision)
                     Path(folder, _CARD).write_text(text, encoding="utf-8")
                 commit = api.upload_folder(
                     repo_id=repo_id,
@@ -83,20 +84,28 @@ def push_adapter(
     return of_writer(task, url)
 
 
+def _without_local_path(folder: str) -> dict[str, Any]:
+    """Takes the path of a local base out of a saved task, since it tells others nothing of use. Returns the header."""
+    header, tensors = files.read(folder)
+    name = header["base"]["name"]
+    if name is not None and (not _BASE_ID.fullmatch(name) or Path(name).exists()):
+        header = {**header, "base": {**header["base"], "name": None}}
+        files.write(folder, header, tensors)
+    return header
+
+
 def card(root: nn.Module, header: dict[str, Any], size: TaskSize, repo_id: str, revision: str | None = None) -> str:
     """The model card of a task: a README.md with the metadata that the hub reads.
 
     Args:
         root: the model that has the task.
-        header: of the saved task.
+        header: of the saved task, whose base has the name of a repository or none.
         size: how many parameters the task has.
         repo_id: of the repository, for the code that loads it.
         revision: as `repo_id`; None is the branch "main".
     """
     base, labels = header["base"], header["labels"]
-    # A local folder's path tells others nothing.
-    known = base["name"] is not None and _BASE_ID.fullmatch(base["name"]) and not Path(base["name"]).exists()
-    base_id = base["name"] if known else None
+    base_id = base["name"]
     metadata = {
         "library_name": "adapter-ops",
         "tags": ["adapter", "adapter-ops", *([base["model_type"]] if base["model_type"] else [])],

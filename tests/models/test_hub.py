@@ -1,6 +1,7 @@
 """Tasks on the Hugging Face hub: uploaded, described and downloaded. A server on this machine stands for the hub."""
 
 import copy
+import json
 import os
 import re
 import subprocess
@@ -281,8 +282,11 @@ def test_a_base_that_is_no_repository(hub, trained, tmp_path):
     (tmp_path / "work" / "out").mkdir()
     for name in ("out", "/home/me/out", "./out", "a/b/c", ""):
         model.config._name_or_path = name
-        push_adapter(model, f"user/base{len(hub.commits)}", "t")
-        text = card_of(hub, f"user/base{len(hub.commits) - 1}")
+        repo = f"user/base{len(hub.commits)}"
+        push_adapter(model, repo, "t")
+        text = card_of(hub, repo)
+        assert json.loads(hub.files(repo)["adapter_ops.json"])["base"]["name"] is None
+        assert b"/home/me" not in hub.files(repo)["adapter_ops.safetensors"]
         assert huggingface_hub.ModelCard(text).data.base_model is None
         assert '.from_pretrained("path/to/the/base/model", num_labels=5)' in text
 
