@@ -240,7 +240,7 @@ class AdapterConfig:
             try:
                 fields = files.read_header(local)["config"]
             except FileNotFoundError as error:
-                raise FileNotFoundError(f"{error}, and no {CONFIG_FILE}") from None
+                raise FileNotFoundError(f"{error} or {CONFIG_FILE}") from None
         try:
             return cls.from_json(json.dumps(fields))
         except (TypeError, ValueError) as error:

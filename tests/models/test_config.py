@@ -92,7 +92,7 @@ def test_the_config_of_a_saved_task(tmp_path):
 @pytest.mark.parametrize(
     "name, text, error, message",
     [
-        ("other.json", "{}", FileNotFoundError, r"has no adapter_ops.safetensors, and no adapter_ops_config.json"),
+        ("other.json", "{}", FileNotFoundError, r"has no adapter_ops.safetensors or adapter_ops_config.json"),
         ("adapter_ops_config.json", "{", ValueError, r"adapter_ops_config.json is no valid JSON"),
         ("adapter_ops_config.json", '{"bottleneck": 0}', ValueError, r"t: bottleneck is 0, expected whole numbers"),
         ("adapter_ops_config.json", '{"size": 8}', ValueError, r"t: unknown fields \['size'\]; known: "),
