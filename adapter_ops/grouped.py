@@ -18,6 +18,7 @@ from .calls import dense, rows
 from .functional import DTYPES, finite_scale
 from .kernels.activations import find_activation
 from .kernels.problem import Needs, Options, Weights
+from .ops import OPTIONS_SCHEMA, WEIGHTS_SCHEMA, backward_products, product_flops
 
 _CPU = Backend("cpu", "tensors are on the CPU: rows are sorted by task, and oneDNN and ATen add in place")
 
@@ -79,8 +80,8 @@ def grouped_bottleneck_adapter(
     _check(x, task_ids, w_down, b_down, w_up, b_up, scale, residual, sizes)
     number, scale_tensor = (1.0, scale) if isinstance(scale, Tensor) else (finite_scale(scale), None)
     ids = task_ids.reshape(*task_ids.shape, *[1] * (x.dim() - 1 - task_ids.dim())).expand(x.shape[:-1]).reshape(-1)
-    _check_ids(ids, len(w_down), sizes, w_down.shape[1])
     if sizes is not None:
+        _check_range("sizes", sizes, 0, w_down.shape[1])
         w_down, b_down, w_up = _cut(w_down, b_down, w_up, sizes)
     weights = Weights(w_down, b_down, w_up, b_up, scale_tensor)
     options = Options(activation, number, compute_dtype(x))
@@ -92,8 +93,8 @@ def grouped_bottleneck_adapter(
     if found is None:
         require(_CPU)
         return forward_op(x, ids, residual, *weights, *options, torch.is_grad_enabled())[0]
-    if not torch.compiler.is_compiling():
-        require(found)
+    require(found)
+    _check_range("task_ids", ids, -1, len(w_down) - 1)
     return formula(x, ids, residual, weights, options)
 
 
@@ -175,30 +176,25 @@ def _check(
             raise TypeError(f"{name} has dtype {t.dtype}, w_down has {w_down.dtype}")
 
 
-def _check_ids(ids: Tensor, T: int, sizes: Tensor | None, R: int) -> None:
-    """Raises ValueError for ids and sizes out of range, which on a GPU would wait for it: there it asserts."""
-    if torch.compiler.is_compiling() or transformed() or type(ids) is not Tensor:
+def _check_range(name: str, t: Tensor, low: int, high: int) -> None:
+    """Raises ValueError for values out of range. On a GPU, where that would wait for the values, it asserts there."""
+    if torch.compiler.is_compiling() or transformed() or type(t) is not Tensor or t.numel() == 0:
         return
-    for name, t, low, high in (("task_ids", ids, -1, T - 1), ("sizes", sizes, 0, R)):
-        if t is None or t.numel() == 0:
-            continue
-        if t.is_cuda:
-            torch._assert_async(((t >= low) & (t <= high)).all())
-        elif t.device.type == "cpu":
-            smallest, largest = t.min().item(), t.max().item()
-            if smallest < low or largest > high:
-                raise ValueError(f"{name} has values from {smallest} to {largest}, expected {low} to {high}")
+    if t.is_cuda:
+        torch._assert_async(((t >= low) & (t <= high)).all())
+    elif t.device.type == "cpu":
+        smallest, largest = t.min().item(), t.max().item()
+        if smallest < low or largest > high:
+            raise ValueError(f"{name} has values from {smallest} to {largest}, expected {low} to {high}")
 
 
-_TENSORS = "Tensor w_down, Tensor? b_down, Tensor w_up, Tensor? b_up, Tensor? scale_tensor"
-_OPTIONS = "str activation, float scale, ScalarType dtype"
 _library = torch.library.Library("adapter_ops", "FRAGMENT")
 _library.define(
-    f"grouped_forward(Tensor x, Tensor task_ids, Tensor? residual, {_TENSORS}, {_OPTIONS}, bool save_z) "
+    f"grouped_forward(Tensor x, Tensor task_ids, Tensor? residual, {WEIGHTS_SCHEMA}, {OPTIONS_SCHEMA}, bool save_z) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    f"grouped_backward(Tensor dy, Tensor x, Tensor z, Tensor order, Tensor counts, {_TENSORS}, {_OPTIONS}, "
+    f"grouped_backward(Tensor dy, Tensor x, Tensor z, Tensor order, Tensor counts, {WEIGHTS_SCHEMA}, {OPTIONS_SCHEMA}, "
     "bool[] needs, bool residual_is_x) -> Tensor[]"
 )
 forward_op = torch.ops.adapter_ops.grouped_forward.default
@@ -216,27 +212,28 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y; z [M, R] of the rows by task (empty unless `save_z`); the order that sorts rows by task [M]; and how many rows
     have no task, task 0, task 1 and so on [T + 1]."""
+    _check_range("task_ids", task_ids, -1, len(w_down) - 1)  # here, as a compiled call has values when it runs
     weights, options = dense(Weights(w_down, b_down, w_up, b_up, scale_tensor)), Options(activation, scale, dtype)
     x_rows = rows(x)
     added_to = x_rows if residual is None else rows(residual)
     order = task_ids.argsort(stable=True)
-    numbers = torch.bincount(task_ids + 1, minlength=len(w_down) + 1)
-    counts = numbers.tolist()
+    counts = torch.bincount(task_ids + 1, minlength=len(w_down) + 1)
+    lengths = counts.tolist()
     y = x.new_empty(x.shape, dtype=torch.promote_types(added_to.dtype, dtype))
     z = x.new_zeros((len(x_rows), w_down.shape[1]) if save_z else (0,), dtype=dtype)
-    y_rows, (without, *others) = y.view(x_rows.shape), order.split(counts)
-    z_parts = z.split(counts)[1:] if save_z else [z] * len(others)
-    y_rows[without] = added_to[without].to(y.dtype)
+    y_rows, (taskless, *rows_of_tasks) = y.view(x_rows.shape), order.split(lengths)
+    z_parts = z.split(lengths)[1:] if save_z else [z] * len(rows_of_tasks)
+    y_rows[taskless] = added_to[taskless].to(y.dtype)
     # A task's rows are gathered and put back by themselves, so that they stay in the processor's cache.
-    for numbers_of_rows, z_part, parameters in zip(others, z_parts, _of_task(weights)):
-        if len(numbers_of_rows):
-            x_part = x_rows[numbers_of_rows]
-            r_part = x_part if residual is None else added_to[numbers_of_rows]
+    for own_rows, z_part, parameters in zip(rows_of_tasks, z_parts, _of_task(weights)):
+        if len(own_rows):
+            x_part = x_rows[own_rows]
+            r_part = x_part if residual is None else added_to[own_rows]
             y_part, z_found = cpu.forward(x_part, r_part, parameters, options, save_z)
-            y_rows[numbers_of_rows] = y_part
+            y_rows[own_rows] = y_part
             if z_found is not None:
                 z_part.copy_(z_found)
-    return y, z, order, numbers
+    return y, z, order, counts
 
 
 def _backward(
@@ -244,20 +241,20 @@ def _backward(
 ) -> list[Tensor]:
     """The gradients asked for, in the order of `Needs`, without the gaps."""
     weights, options = dense(Weights(w_down, b_down, w_up, b_up, scale_tensor)), Options(activation, scale, dtype)
-    asked, numbers = Needs(*needs), counts.tolist()
-    x_rows, dy_rows, (without, *others) = rows(x), rows(dy), order.split(numbers)
+    asked, lengths = Needs(*needs), counts.tolist()
+    x_rows, dy_rows, (taskless, *rows_of_tasks) = rows(x), rows(dy), order.split(lengths)
     dx = x.new_zeros(x.shape) if asked.x else None
     dx_rows = None if dx is None else dx.view(x_rows.shape)
     made = [torch.zeros_like(t) if need and t is not None else None for need, t in zip(needs[1:], weights)]
     if dx_rows is not None and residual_is_x:
-        dx_rows[without] = dy_rows[without].to(x.dtype)
-    parts = zip(others, z.split(numbers)[1:], _of_task(weights))
-    for task, (numbers_of_rows, z_part, parameters) in enumerate(parts):
-        if len(numbers_of_rows):
-            x_part, dy_part = x_rows[numbers_of_rows], dy_rows[numbers_of_rows]
+        dx_rows[taskless] = dy_rows[taskless].to(x.dtype)
+    parts = zip(rows_of_tasks, z.split(lengths)[1:], _of_task(weights))
+    for task, (own_rows, z_part, parameters) in enumerate(parts):
+        if len(own_rows):
+            x_part, dy_part = x_rows[own_rows], dy_rows[own_rows]
             dx_part, *found = cpu.backward(dy_part, x_part, z_part, parameters, options, asked, residual_is_x)
             if dx_rows is not None:
-                dx_rows[numbers_of_rows] = dx_part
+                dx_rows[own_rows] = dx_part
             for total, part in zip(made, found):
                 if total is not None and part is not None:
                     total[task].copy_(part.view(total[task].shape))
@@ -331,8 +328,9 @@ torch.library.register_autograd(
 
 @register_flop_formula(torch.ops.adapter_ops.grouped_forward)
 def _(x_shape, ids_shape, residual_shape, w_down_shape, *args, out_shape=None, **kwargs) -> int:
-    _, R, D = w_down_shape
-    M = 1
-    for n in x_shape[:-1]:
-        M *= n
-    return 4 * M * R * D
+    return 2 * product_flops(x_shape, w_down_shape[1:])
+
+
+@register_flop_formula(torch.ops.adapter_ops.grouped_backward)
+def _(dy_shape, x_shape, z_shape, order_shape, counts_shape, w_down_shape, *args, out_shape=None, **kwargs) -> int:
+    return backward_products(Needs(*args[-2])) * product_flops(x_shape, w_down_shape[1:])

@@ -227,12 +227,15 @@ def _gradients(
 
 
 # `torch.library.custom_op` would check each call for aliases, which takes longer than a launch.
-_WEIGHTS = "Tensor w_down, Tensor? b_down, Tensor w_up, Tensor? b_up, Tensor? scale_tensor"
-_OPTIONS = "str activation, float scale, ScalarType dtype"
+WEIGHTS_SCHEMA = "Tensor w_down, Tensor? b_down, Tensor w_up, Tensor? b_up, Tensor? scale_tensor"
+OPTIONS_SCHEMA = "str activation, float scale, ScalarType dtype"
 _library = torch.library.Library("adapter_ops", "DEF")
-_library.define(f"forward(Tensor x, Tensor? residual, {_WEIGHTS}, {_OPTIONS}, bool save_z) -> (Tensor, Tensor)")
 _library.define(
-    f"backward(Tensor dy, Tensor x, Tensor z, {_WEIGHTS}, {_OPTIONS}, bool[] needs, bool residual_is_x) -> Tensor[]"
+    f"forward(Tensor x, Tensor? residual, {WEIGHTS_SCHEMA}, {OPTIONS_SCHEMA}, bool save_z) -> (Tensor, Tensor)"
+)
+_library.define(
+    f"backward(Tensor dy, Tensor x, Tensor z, {WEIGHTS_SCHEMA}, {OPTIONS_SCHEMA}, "
+    "bool[] needs, bool residual_is_x) -> Tensor[]"
 )
 forward_op = torch.ops.adapter_ops.forward.default
 backward_op = torch.ops.adapter_ops.backward.default
@@ -370,16 +373,20 @@ _library.impl("backward", _backward_formula, "Batched")
 
 @register_flop_formula(torch.ops.adapter_ops.forward)
 def _(x_shape, residual_shape, w_down_shape, *args, out_shape=None, **kwargs) -> int:
-    return 2 * _product_flops(x_shape, w_down_shape)
+    return 2 * product_flops(x_shape, w_down_shape)
 
 
 @register_flop_formula(torch.ops.adapter_ops.backward)
 def _(dy_shape, x_shape, z_shape, w_down_shape, *args, out_shape=None, **kwargs) -> int:
-    needs = Needs(*args[-2])
+    return backward_products(Needs(*args[-2])) * product_flops(x_shape, w_down_shape)
+
+
+def backward_products(needs: Needs) -> int:
+    """How many products of the size of forward's the gradients take."""
     dh = needs.x or needs.w_down or needs.b_down
-    return (dh + needs.x + needs.w_down + (needs.w_up or needs.scale)) * _product_flops(x_shape, w_down_shape)
+    return dh + needs.x + needs.w_down + (needs.w_up or needs.scale)
 
 
-def _product_flops(x_shape, w_down_shape) -> int:
+def product_flops(x_shape, w_down_shape) -> int:
     """Of each of the products, all of which have M · D · R terms."""
     return 2 * math.prod(x_shape[:-1]) * math.prod(w_down_shape)

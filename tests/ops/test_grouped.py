@@ -4,7 +4,9 @@ import itertools
 
 import pytest
 import torch
+import torch._dynamo.testing
 from helpers import assert_two_times_rule
+from torch.utils.flop_counter import FlopCounterMode
 
 from adapter_ops import bottleneck_adapter, grouped_bottleneck_adapter, reference
 from adapter_ops.grouped import formula, forward_op
@@ -267,3 +269,30 @@ def test_every_order_of_few_rows():
     for order in itertools.permutations(range(5)):
         shuffled = given | {"x": given["x"][list(order)], "task_ids": given["task_ids"][list(order)]}
         torch.testing.assert_close(grouped_bottleneck_adapter(**shuffled), expected[list(order)])
+
+
+@pytest.mark.parametrize("ids", [[0, 5, 1, 1], [0, -2, 1, 1]])
+def test_a_compiled_call_checks_its_ids_when_it_runs(ids):
+    torch._dynamo.reset()
+    compiled = torch.compile(grouped_bottleneck_adapter, fullgraph=True, backend="aot_eager")
+    compiled(**changed())
+    with pytest.raises(ValueError, match=f"task_ids has values from {min(ids)} to {max(ids)}, expected -1 to 4"):
+        compiled(**changed(task_ids=torch.tensor(ids)))
+
+
+def test_a_compiled_call_takes_the_backend_that_is_required(monkeypatch):
+    monkeypatch.setenv("ADAPTER_OPS_REQUIRE", "triton")
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match="but this call would take the backend 'cpu': tensors are on the CPU"):
+        torch.compile(grouped_bottleneck_adapter, fullgraph=True, backend="aot_eager")(**changed())
+
+
+def test_flops_of_the_ops_are_counted():
+    given = batch(M=11)
+    inputs = [given["x"].requires_grad_(), given["task_ids"], None, *(given[n].requires_grad_() for n in NAMES), None]
+    with FlopCounterMode(display=False) as counter:
+        y = forward_op(*inputs, "gelu", 1.0, torch.float64, True)[0]
+    assert counter.get_total_flops() == 2 * 2 * 11 * 12 * 4
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == 4 * 2 * 11 * 12 * 4
