@@ -76,7 +76,8 @@ def backward(
         else:
             dw_up = _outer(g, act.eager(z))
     if sum_dy and db_up is None:
-        db_up = g.sum(0)
+        # What dscale adds to may cancel it, so it is not rounded to 16 bits there, though that sum takes longer.
+        db_up = g.sum(0, dtype=torch.promote_types(dtype, torch.float32) if needs.scale else None)
     if scaled:
         factor, column = _factors(scale, options)
         if scale is not None and needs.scale:
@@ -87,7 +88,12 @@ def backward(
         dw_up = dw_up * column if needs.w_up else None
         db_up = db_up * factor if needs.b_up else None
         if channel:
-            w_up = (w_up * column).to(dtype)
+            # In 16 bits dy is scaled, as in eager's backward: the rounding of a scaled W_up would be the same for all
+            # rows, so that it would not average out in db_down.
+            if dtype.itemsize == 2:
+                g = (g * factor).to(dtype)
+            else:
+                w_up = (w_up * column).to(dtype)
     if needs.x or needs.w_down or needs.b_down:
         dh = _linear(g, w_up.t())
         if scaled and not channel:

@@ -245,3 +245,24 @@ def test_errors_in_fp32_do_not_grow_with_the_tokens():
         rows = [t.expand(M, -1).contiguous() for t in (a, b)]
         errors.append(relative_error(cpu._outer(*rows), M * (a.double().t() @ b.double())))
     assert errors[1] <= 1.5 * errors[0] + torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_errors_with_a_scale_of_each_channel_are_those_of_eager(use_path, dtype):
+    """The gradients that the scale has a part in lose no more digits than eager's, over sixty calls of a few channels.
+
+    Where W_up is scaled and rounded, instead of dy, or where the sums that the gradient of the scale consists of are
+    rounded, errors are 1.3 to 1.7 times eager's.
+    """
+    use_path("cpu")
+    squares = {}
+    for seed in range(60):
+        torch.manual_seed(seed)
+        call = Call(66, 33, 4, dtype, activation="sigmoid", scale="channel")
+        found, eager, oracle = call.gradients(), call.gradients(reference.bottleneck_adapter), call.oracle()
+        for name in ("b_down", "b_up", "scale"):
+            pair = squares.setdefault(name, [0.0, 0.0])
+            pair[0] += relative_error(found[name], oracle[name]) ** 2
+            pair[1] += relative_error(eager[name], oracle[name]) ** 2
+    for name, (ours, eagers) in squares.items():
+        assert ours <= 1.1**2 * eagers, f"{name}: {(ours / eagers) ** 0.5:.2f} times eager's"

@@ -75,8 +75,11 @@ def test_fp64(path):
 def test_fp32_parameters(path, dtype):
     """fp32 parameters under 16-bit activations: autocast's values, fp32 gradients."""
     call = Call(65, 96, 12, dtype, torch.float32, scale="channel")
-    with torch.autocast(call.dy.device.type, dtype):
-        eager = call.gradients(reference.bottleneck_adapter)
+
+    def eager(call):
+        with torch.autocast(call.dy.device.type, dtype):
+            return call.gradients(reference.bottleneck_adapter)
+
     found = call.gradients()
     assert found["y"].dtype == found["x"].dtype == dtype and found["w_up"].dtype == torch.float32
     check(call, path, eager=eager)
