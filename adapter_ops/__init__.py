@@ -23,6 +23,7 @@ from .models.tasks import (
     skip_layers,
     train_adapter,
     using_adapter,
+    using_adapters,
 )
 from .modules import BottleneckAdapter
 
@@ -49,4 +50,5 @@ __all__ = [
     "task_state_dict",
     "train_adapter",
     "using_adapter",
+    "using_adapters",
 ]

@@ -9,7 +9,7 @@ from torch import nn
 from ..wrappers import around, holders, unwrap
 from .context import Selection
 from .families import SitePattern
-from .hooks import Bound, Frame, Root, Slot, Switch
+from .hooks import Bound, Frame, Generate, Root, Slot, Switch
 from .parameters import Task, key_of
 from .sites import Site
 
@@ -29,6 +29,8 @@ class Adapters(nn.Module):
         self.slots = {site.name: Slot(site, self.selection) for site in sites}
         self.switches: dict[str, Switch] = {}  # by path
         self.bound: list[Bound] = [Root(model, self.selection, self.check)]
+        if callable(getattr(model, "generate", None)):
+            self.bound.append(Generate(model, self.selection))
         self.handles = []
         frames: set[str] = set()
         hooked: dict[str, nn.Module] = {}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .context import Selection
 from .layers import AdapterLayer
+from .mixed import GroupedLayer, TaskBatch
 from .sites import Site
 
 
@@ -54,48 +55,51 @@ class Slot:
         self.site = site
         self.selection = selection
 
-    def running(self) -> AdapterLayer | None:
+    def running(self) -> tuple[AdapterLayer | GroupedLayer, ...]:
+        """What the active task has here, or the tasks of a batch, whose adapters may be of several kinds."""
         task = self.selection.task()
         if task is None:
-            return None
+            return ()
         layer = task.layer_at.get(self.site.name)
         if layer is None or self.site.layer in self.selection.skipped():
-            return None
-        return layer
+            return ()
+        return layer if isinstance(layer, tuple) else (layer,)
 
     def on_entry(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keeps the sublayer's input for adapters that read it."""
-        layer = self.running()
-        if layer is not None and layer.reads_input:
+        if any(layer.reads_input for layer in self.running()):
             _FRAMES.keep(self.site.name, args[0] if args else kwargs["hidden_states"])
 
     def on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Adds what the adapter makes of the sublayer's output or input."""
-        layer = self.running()
-        if layer is None or layer.reads == "norm":
+        layers = [layer for layer in self.running() if layer.reads != "norm"]
+        if not layers:
             return None
         h = output[0] if isinstance(output, tuple) else output
-        x = h
-        if layer.reads_input:
-            r = _FRAMES.take(self.site.name)
-            if r is None:
-                raise RuntimeError(
-                    f"the adapter at {self.site.name!r} reads the sublayer's input, but {self.site.entry!r} was not "
-                    f"called before {self.site.output!r}"
-                )
-            x = r if layer.reads == "input" else h + r
-        y = layer(x, h if layer.adds_to == "output" else x)
-        return (y, *output[1:]) if isinstance(output, tuple) else y
+        r = _FRAMES.take(self.site.name) if any(layer.reads_input for layer in layers) else None
+        for layer in layers:
+            x = h
+            if layer.reads_input:
+                if r is None:
+                    raise RuntimeError(
+                        f"the adapter at {self.site.name!r} reads the sublayer's input, but {self.site.entry!r} was "
+                        f"not called before {self.site.output!r}"
+                    )
+                x = r if layer.reads == "input" else h + r
+            h = layer.select(layer(x, h if layer.adds_to == "output" else x), h)
+        return (h, *output[1:]) if isinstance(output, tuple) else h
 
 
 class Bound:
     """Stands as the `forward` of one module, in front of the forward that was there."""
 
+    method = "forward"
+
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.base: Callable[..., Any] = module.forward
-        self.had_its_own = "forward" in module.__dict__
-        module.forward = self
+        self.base: Callable[..., Any] = getattr(module, self.method)
+        self.had_its_own = self.method in module.__dict__
+        setattr(module, self.method, self)
 
     def __getstate__(self) -> dict[str, Any]:
         # A bound method is pickled as the name of an attribute, and under that name the module has `self`.
@@ -104,7 +108,7 @@ class Bound:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self.base is None:
-            self.base = type(self.module).forward.__get__(self.module)
+            self.base = getattr(type(self.module), self.method).__get__(self.module)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -116,10 +120,10 @@ class Bound:
 
     def remove(self) -> None:
         """Takes it off the module. Under another wrapper of `forward` it stays, and passes every call on."""
-        for name in ("forward", "_old_forward"):  # the second is where accelerate's hooks keep what they wrap
+        for name in (self.method, "_old_forward"):  # the second is where accelerate's hooks keep what they wrap
             if self.module.__dict__.get(name) is self:
-                if name == "forward" and not self.had_its_own:
-                    del self.module.forward
+                if name == self.method and not self.had_its_own:
+                    delattr(self.module, name)
                 else:
                     setattr(self.module, name, self.base)
 
@@ -134,13 +138,44 @@ class Root(Bound):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # guards read the task once, when the compiled call starts
+            task = self.selection.task()
+            if isinstance(task, TaskBatch):
+                task.check(args, kwargs)
             return self.base(*args, **kwargs)
         choice = self.selection.hold()
         try:
             self.check(choice.task)
+            if isinstance(choice.task, TaskBatch):
+                choice.task.check(args, kwargs)
             return self.base(*args, **kwargs)
         finally:
             self.selection.leave(choice)
+
+
+class Generate(Bound):
+    """Stands as `generate` of a transformers model: it makes several rows of each example of a batch of tasks."""
+
+    method = "generate"
+
+    def __init__(self, module: nn.Module, selection: Selection) -> None:
+        super().__init__(module)
+        self.selection = selection
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        task = self.selection.task()
+        if not isinstance(task, TaskBatch):
+            return self.base(*args, **kwargs)
+        task.check(args[:1], kwargs)
+        own: Any = getattr(self.module, "generation_config", None)
+        configs = [args[1] if len(args) > 1 else kwargs.get("generation_config"), own]
+
+        def setting(name: str) -> int:
+            values = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
+            return next((value for value in values if value is not None), 1)
+
+        beams = max(setting("num_beams"), setting("num_return_sequences"))
+        with self.selection.choose(True, task.with_beams(beams)):
+            return self.base(*args, **kwargs)
 
 
 class Frame(Bound):
@@ -201,10 +236,12 @@ class Switch(Bound):
         call = task.copy_at.get(self.path)
         if call is None:
             call = self.base
-        layer = None if self.slot is None else self.slot.running()
-        if layer is None or layer.reads != "norm":
+        layers = () if self.slot is None else [layer for layer in self.slot.running() if layer.reads == "norm"]
+        if not layers:
             return call(*args, **kwargs)
         total = args[0] if args else next(iter(kwargs.values()))  # h + r
-        x = call(total)
-        y = layer(x, x if layer.adds_to == "norm" else total)
-        return call(y) if layer.ln_after else y
+        result = x = call(total)
+        for layer in layers:
+            y = layer(x, x if layer.adds_to == "norm" else total)
+            result = layer.select(call(y) if layer.ln_after else y, result)
+        return result

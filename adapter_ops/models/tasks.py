@@ -11,13 +11,14 @@ head run in place of the base's (see `hooks.py`). All of it hangs in one child o
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..wrappers import holders, is_data_parallel, unwrap
 from .adapters import LOCK, Adapters, adapters_of, find_adapters, root_of
+from .batches import batch_of, numbers_of
 from .building import attach, build, check_new, plan, preset
 from .config import AdapterConfig, Preset
 from .families import SitePattern
@@ -109,6 +110,45 @@ def using_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
     if task is not None:
         rebind(adapters, task, name)
     with adapters.selection.choose(True, task):
+        yield
+
+
+@contextlib.contextmanager
+def using_adapters(model: nn.Module, names: Sequence[str | None] | Tensor) -> Iterator[None]:
+    """Within the context each example of a batch runs its own task: in this thread or async task alone.
+
+    Args:
+        model: as in `using_adapter`.
+        names: one for each example of the batch, in its order: the name of a task, or None for the bare base. Or a
+            tensor of integers [examples]: the numbers of the tasks in the order of `list_adapters`, and -1 for the
+            base. Its values are read once, when the context is entered.
+
+    Raises:
+        ValueError: an unknown name, or a number out of range, before anything runs; a call of the model whose batch is
+            not of as many examples.
+        TypeError: something else than a sequence or a tensor of integers.
+
+    Each row has, to rounding, what `using_adapter` gives it alone: the adapters, LayerNorms and heads of its task. The
+    adapters of one kind at one site are one call of `grouped_bottleneck_adapter`. Tasks may differ in every field of
+    their configs; what differs in more than bottleneck, scale, init and sites runs as several such calls. The batch
+    has to be the first dimension of what reaches the adapters. In `generate()` the rows of all beams and return
+    sequences have the task of their example.
+
+    Where heads differ in their number of outputs, rows are filled up with -inf to the largest number; a loss that the
+    model computes itself is a ValueError then. With gradients enabled, the parameters of tasks that train are read in
+    each call, so each task gets the gradients of its own rows (see `train_adapter`). Parameters that do not train are
+    stacked once, when the context is entered: enter it again after they have changed.
+
+    >>> with torch.no_grad(), using_adapters(model, ["cola", "sst2", None]):  # doctest: +SKIP
+    ...     logits = model(**batch).logits  # of three examples
+    """
+    adapters = adapters_of(model)
+    known = adapters.names
+    numbers = numbers_of(known, names)
+    tasks = {number: adapters.task(known[number]) for number in set(numbers) - {-1}}
+    for number, task in tasks.items():
+        rebind(adapters, task, known[number])
+    with adapters.selection.choose(True, batch_of(adapters, [tasks.get(number) for number in numbers])):
         yield
 
 
