@@ -9,6 +9,7 @@ if not Path(__path__[0], "kernels").is_dir():
 
 from .functional import bottleneck_adapter, explain
 from .grouped import grouped_bottleneck_adapter
+from .models.bank import AdapterBank, BankStats
 from .models.checkpoint import load_adapter, load_task_state_dict, save_adapter, task_state_dict
 from .models.config import AdapterConfig
 from .models.families import SitePattern
@@ -30,7 +31,9 @@ from .modules import BottleneckAdapter
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterBank",
     "AdapterConfig",
+    "BankStats",
     "BottleneckAdapter",
     "SitePattern",
     "active_adapter",

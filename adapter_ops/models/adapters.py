@@ -22,6 +22,7 @@ class Adapters(nn.Module):
     def __init__(self, model: nn.Module, sites: list[Site], patterns: Mapping[str, str | SitePattern] | None) -> None:
         super().__init__()
         self.tasks = nn.ModuleDict()
+        self.serves_bank = False  # then it stays when the last task is deleted
         self.sites = sites
         self.patterns = None if patterns is None else dict(patterns)
         self.selection = Selection()
@@ -111,11 +112,14 @@ class Adapters(nn.Module):
                     "set_active_adapter(model, None) and add a new task for the new module"
                 )
 
-    def remove(self) -> None:
+    def detach(self) -> None:
+        """Takes off the model all that this library put into it."""
         for handle in self.handles:
             handle.remove()
         for bound in reversed([*self.bound, *self.switches.values()]):
             bound.remove()
+        for holder in holders(self.model).values():
+            del holder.adapter_ops
 
 
 def _above(model: nn.Module, path: str) -> tuple[nn.Module, str]:

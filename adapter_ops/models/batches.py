@@ -8,18 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Adapters
+from .hooks import Switch
 from .layers import AdapterLayer
 from .mixed import GATHERED, ROWS_MIXED, GroupedHead, GroupedLayer, GroupedNorm, TaskBatch, elements, norm_by_rows
 from .parameters import Task
+from .sites import base_parameters
 from .stacks import BottleneckStack, Stack, state_of
 
 
-def numbers_of(known: Sequence[str], names: Any) -> list[int]:
+def numbers_of(known: Sequence[str], names: Any, where: str = "the model") -> list[int]:
     """The number of each example's task in `known`, and −1 for the bare base.
 
     Args:
         known: the tasks that there are.
         names: a sequence of names, with None for the base; or numbers [examples] as a tensor of integers.
+        where: what has the tasks, for errors.
 
     Raises:
         TypeError: neither of the two.
@@ -35,7 +38,7 @@ def numbers_of(known: Sequence[str], names: Any) -> list[int]:
         if wrong := sorted({number for number in found if not -1 <= number < len(known)}):
             raise ValueError(
                 f"the tasks of a batch have the numbers {wrong}, expected -1, for the bare base, to {len(known) - 1}: "
-                f"the model has {len(known)} adapters"
+                f"{where} has {len(known)} adapters"
             )
     elif isinstance(names, str) or not isinstance(names, Sequence):
         raise TypeError(
@@ -47,9 +50,10 @@ def numbers_of(known: Sequence[str], names: Any) -> list[int]:
             raise TypeError(f"the tasks of a batch hold {wrong[0]!r}, expected names of tasks, and None for the base")
         order = {name: number for number, name in enumerate(known)}
         if unknown := [name for name in dict.fromkeys(names) if name is not None and name not in order]:
+            some = ", ".join(known[:40]) + (f" and {len(known) - 40} others" if len(known) > 40 else "")
             raise ValueError(
-                f"the model has no adapter{'s' if len(unknown) > 1 else ''} {', '.join(map(repr, unknown))}; it has: "
-                f"{', '.join(known) or 'none'}"
+                f"{where} has no adapter{'s' if len(unknown) > 1 else ''} {', '.join(map(repr, unknown))}; it has: "
+                f"{some or 'none'}"
             )
         found = [-1 if name is None else order[name] for name in names]
     if not found:
@@ -67,7 +71,7 @@ def batch_of(adapters: Adapters, tasks: Sequence[Task | None]) -> TaskBatch:
     number = {task: i for i, task in enumerate(distinct)}
     numbers = [-1 if task is None else number[task] for task in tasks]
     for task in distinct:
-        _check(adapters, task)
+        check_task(adapters, task)
     trained = any(p.requires_grad for task in distinct for p in task.parameters())
     # In a process that compiles, every mix of as many examples has stacks of as many entries, so that one compilation
     # serves all of them.
@@ -86,7 +90,7 @@ def batch_of(adapters: Adapters, tasks: Sequence[Task | None]) -> TaskBatch:
         own = {i: task.copy_at[path] for i, task in enumerate(distinct) if path in task.copy_at}
         entry_of = [list(own).index(i) if i in own else -1 for i in range(len(distinct))]
         compared = [*own.values(), *([adapters.switches[path].module] if any(i not in own for i in numbers) else [])]
-        equal = all(_same_structure(module, compared[0]) for module in compared)
+        equal = all(same_structure(module, compared[0]) for module in compared)
         copies[path] = _copies_at(adapters, path, list(own.values()), entry_of, equal, entries, path in heads)
         unequal = unequal or (None if equal else path)
     refusal = unequal and (
@@ -137,30 +141,42 @@ def _copies_at(
 ) -> GroupedHead:
     """What runs for the copies that tasks have of one module. `equal`: whether they differ in their values alone."""
     switch, first = adapters.switches[path], modules[0]
-    if hasattr(switch.above[0], "get_rel_embedding"):
-        raise ValueError(
-            f"the normalisation {path!r} is of the relative positions, which all rows of a batch share, so that rows "
-            "cannot have their own: train such tasks with layer_norms='frozen', or call the model for each task with "
-            "using_adapter"
-        )
+    check_rows(switch)
     stack = None
     small = (len(modules) + 1) * elements(first) <= GATHERED
     if equal and (small if is_head else all(norm_by_rows(module) for module in modules)):
         # Where the base's differs in size no row takes it, and an entry in its place keeps the number of entries.
-        last = switch.module if _same_structure(switch.module, first) else first
+        last = switch.module if same_structure(switch.module, first) else first
         stack = Stack([*modules, last], entries and entries + 1)
-    device = next((t.device for t in state_of(first).values()), torch.device("cpu"))
+    device = device_of(first, adapters)
     return (GroupedHead if is_head else GroupedNorm)(modules, switch.base, first, stack, entry_of, device)
 
 
-def _same_structure(module: nn.Module, other: nn.Module) -> bool:
+def check_rows(switch: Switch) -> None:
+    """Raises ValueError for a normalisation of what all rows of a batch share."""
+    if hasattr(switch.above[0], "get_rel_embedding"):
+        raise ValueError(
+            f"the normalisation {switch.path!r} is of the relative positions, which all rows of a batch share, so "
+            "that rows cannot have their own: train such tasks with layer_norms='frozen', or call the model for each "
+            "task with using_adapter"
+        )
+
+
+def device_of(module: nn.Module, adapters: Adapters) -> torch.device:
+    """Where a module runs; one without parameters is where the model is."""
+    found = next((t.device for t in state_of(module).values()), None)
+    return found or next((p.device for _, p in base_parameters(adapters.model)), torch.device("cpu"))
+
+
+def same_structure(module: nn.Module, other: nn.Module) -> bool:
     """Whether two modules have the same parameters and buffers but for their values."""
     a, b = state_of(module), state_of(other)
     same = a.keys() == b.keys() and all(a[n].shape == b[n].shape and a[n].dtype == b[n].dtype for n in a)
     return same and type(module) is type(other)
 
 
-def _check(adapters: Adapters, task: Task) -> None:
+def check_task(adapters: Adapters, task: Task) -> None:
+    """Raises ValueError for a task that cannot share a batch with others."""
     for layer in task.layer_at.values():
         if layer.norm is not None and isinstance(layer.norm, nn.BatchNorm1d) and layer.norm.training:
             raise ValueError(f"the task {adapters.name_of(task)!r}: {ROWS_MIXED}")

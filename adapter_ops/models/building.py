@@ -27,12 +27,17 @@ def preset(config: AdapterConfig | Preset) -> AdapterConfig:
     return PRESETS[config]
 
 
-def check_new(model: nn.Module, name: str) -> None:
-    """Raises ValueError for the name of a new task if it is malformed or taken."""
+def check_name(name: str) -> None:
+    """Raises ValueError for the name of a new task if it is malformed."""
     if not isinstance(name, str) or not name.strip(".") or not all(c.isalnum() or c in "-_." for c in name):
         raise ValueError(f"adapter name {name!r} may hold letters, digits, '-', '_' and '.' only")
     if hasattr(nn.ModuleDict(), name):
         raise ValueError(f"adapter name {name!r} is taken by nn.ModuleDict.{name}")
+
+
+def check_new(model: nn.Module, name: str) -> None:
+    """Raises ValueError for the name of a new task if it is malformed or taken."""
+    check_name(name)
     found = find_adapters(model)
     if found is not None and name in found.names:
         raise ValueError(f"the model already has an adapter {name!r}; it has: {', '.join(found.names)}")
@@ -95,14 +100,22 @@ def attach(
     model: nn.Module, name: str, task: Task, sites: list[Site], patterns: Mapping[str, str | SitePattern] | None
 ) -> None:
     """Makes a built task part of the model. Nothing in it can fail but a sharded model's process group."""
-    root, found = root_of(model), find_adapters(model)
-    shard_like(root, [*task.layer_at.values(), *task.copy_at.values()])
-    adapters = found or Adapters(root, sites, patterns)
-    for path in task.copy_at:
-        adapters.switch(path)
+    shard_like(root_of(model), [*task.layer_at.values(), *task.copy_at.values()])
+    adapters = prepare(model, task.copy_at, sites, patterns)
     adapters.tasks[key_of(name)] = task
+
+
+def prepare(
+    model: nn.Module, copies: Iterable[str], sites: list[Site], patterns: Mapping[str, str | SitePattern] | None
+) -> Adapters:
+    """Makes the model run tasks which have copies of the modules at these paths, and returns its Adapters."""
+    root, found = root_of(model), find_adapters(model)
+    adapters = found or Adapters(root, sites, patterns)
+    for path in copies:
+        adapters.switch(path)
     if found is None:
         holder_of(root, [site.output for site in sites]).add_module("adapter_ops", adapters)
+    return adapters
 
 
 def belongings(

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -177,10 +177,32 @@ def load_adapter(
     """
     local = hub.fetch(folder, _FILES, revision)
     with LOCK:
-        return _load(model, local, name, modules, sites, strict, check_finite)
+        saved = _read(model, local, name, modules, sites, strict, check_finite, beside_others=True)
+        attach(model, saved.name, saved.task, saved.sites, saved.patterns)
+        train_adapter(model, saved.name)
+    return saved.name
 
 
-def _load(
+class SavedTask(NamedTuple):
+    """A task that was read from its folder, outside of the model, and the arguments of `attach`."""
+
+    name: str
+    task: Task
+    sites: list[Site]
+    patterns: Mapping[str, str | SitePattern] | None
+
+
+def read_task(
+    model: nn.Module, folder: str | os.PathLike[str], name: str, *, revision: str | None, strict: bool
+) -> SavedTask:
+    """The saved task in a folder, frozen and outside of the model, whose tasks may have the same name. The arguments
+    and errors are those of `load_adapter`."""
+    local = hub.fetch(folder, _FILES, revision)
+    with LOCK:
+        return _read(model, local, name, None, None, strict, False, beside_others=False)
+
+
+def _read(
     model: nn.Module,
     folder: str | os.PathLike[str],
     name: str | None,
@@ -188,7 +210,8 @@ def _load(
     patterns: Mapping[str, str | SitePattern] | None,
     strict: bool,
     check_finite: bool,
-) -> str:
+    beside_others: bool,
+) -> SavedTask:
     root = root_of(model)
     meta = [p.is_meta for _, p in base_parameters(root)]
     if meta and all(meta) and all(runs_on(module) is None for _, module in base_modules(root)):
@@ -198,7 +221,8 @@ def _load(
 
     def prepare(header: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         """Builds the task that the header describes, outside of the model, and returns the shapes it needs."""
-        check_new(model, header["name"] if name is None else name)
+        if beside_others:
+            check_new(model, header["name"] if name is None else name)
         try:
             config = AdapterConfig.from_json(json.dumps(header["config"]))
         except (TypeError, ValueError) as error:
@@ -232,10 +256,7 @@ def _load(
     with torch.no_grad():
         for key, t in _live(task, built["paths"]).items():
             t.copy_(saved.tensors[key])
-    name = saved.header["name"] if name is None else name
-    attach(model, name, task, built["sites"], built["patterns"])
-    train_adapter(model, name)
-    return name
+    return SavedTask(saved.header["name"] if name is None else name, task, built["sites"], built["patterns"])
 
 
 def _live(task: Task, paths: _Paths) -> dict[str, Tensor]:

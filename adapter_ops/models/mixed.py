@@ -113,6 +113,7 @@ class GroupedHead(Grouped):
         like: a module of the same structure, none of whose parameters is read.
         stack: the parameters by entry, with the base's as the last one; None where sizes differ or are large.
         state: the parameters of one entry, where `calls` has None.
+        base_fits: whether the last entry of the stack is the base's.
     """
 
     def __init__(
@@ -124,10 +125,11 @@ class GroupedHead(Grouped):
         entry_of: Sequence[int],
         device: torch.device,
         state: Callable[[int], dict[str, Tensor]] | None = None,
+        base_fits: bool = True,
     ) -> None:
         super().__init__(entry_of, len(calls), device)
         self.calls, self.base, self.like, self.stack, self.state = list(calls), base, like, stack, state
-        self.elements = elements(like)
+        self.elements, self.base_fits = elements(like), base_fits
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = [t for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() > 0]
@@ -136,7 +138,7 @@ class GroupedHead(Grouped):
         ids = self.rows.at(inputs[0])
         compiling = torch.compiler.is_compiling()
         small = len(self.rows.ids) * self.elements <= GATHERED or (compiling and self.state is not None)
-        if self.stack is not None and small:
+        if self.stack is not None and small and (self.base_fits or self.without not in self.rows.entries):
             if type(self.like) is nn.Linear and not (self.like._forward_hooks or self.like._forward_pre_hooks):
                 return self._product(inputs[0])
             if compiling:

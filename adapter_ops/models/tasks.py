@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ..wrappers import holders, is_data_parallel, unwrap
+from ..wrappers import is_data_parallel, unwrap
 from .adapters import LOCK, Adapters, adapters_of, find_adapters, root_of
 from .batches import batch_of, numbers_of
 from .building import attach, build, check_new, plan, preset
@@ -209,16 +209,31 @@ def list_adapters(model: nn.Module) -> dict[str, AdapterInfo]:
     return {name: AdapterInfo(t.config, t.heads, t.norms, t.labels) for name, t in tasks.items()}
 
 
-def train_adapter(model: nn.Module, name: str) -> None:
+def train_adapter(model: nn.Module, name: str | Sequence[str]) -> None:
     """Makes a task the default and its parameters, and no others, trainable: adapters, LayerNorms (unless the config
     freezes them) and head; everything else is frozen (paper §2).
+
+    With a sequence of names all of these tasks train, and the bare base becomes the default: call the model within
+    `using_adapters`, which says which example belongs to which task. Each task gets the gradients of its own rows, so
+    a loss that is the sum of each task's mean trains all of them as they would train alone. An optimizer for each
+    keeps their states apart. A task that no row has gets no gradients, and optimizers leave it as it is.
+
+    >>> train_adapter(model, ["cola", "sst2"])  # doctest: +SKIP
+    >>> with using_adapters(model, ["cola", "cola", "sst2"]):  # doctest: +SKIP
+    ...     loss = cross_entropy(model(**batch).logits, labels, reduction="none")
+    >>> (loss[:2].mean() + loss[2:].mean()).backward()  # doctest: +SKIP
 
     Raises ValueError for an unknown name. Warns where the model is wrapped in DistributedDataParallel, which
     synchronises the gradients of those parameters alone that trained when it was made, and where the model's first task
     was added to a part of it alone and parameters outside of that part train: no task has them, and they stay as they
     are.
     """
-    adapters = adapters_of(model, name)
+    names = [name] if isinstance(name, str) else list(name)
+    if not names:
+        raise ValueError("train_adapter was given no task, expected the name of one, or a sequence of names")
+    adapters = adapters_of(model, names[0])
+    for other in names[1:]:
+        adapters_of(model, other)
     outer, inside = unwrap(model), {id(p) for _, p in base_parameters(adapters.model)}
     if outside := [n for n, p in base_parameters(outer) if p.requires_grad and id(p) not in inside]:
         warnings.warn(
@@ -230,16 +245,17 @@ def train_adapter(model: nn.Module, name: str) -> None:
     if is_data_parallel(model):
         warnings.warn(
             f"DistributedDataParallel does not synchronise parameters that were frozen when it was made: wrap the "
-            f"model again before you train {name!r}",
+            f"model again before you train {', '.join(map(repr, names))}",
             stacklevel=2,
         )
-    set_active_adapter(model, name)
+    set_active_adapter(model, name if isinstance(name, str) else None)
     reshard(adapters.model)
     for _, parameter in base_parameters(adapters.model):
         parameter.requires_grad_(False)
     for other in adapters.names:
         adapters.task(other).freeze()
-    adapters.task(name).requires_grad_(True)
+    for own in names:
+        adapters.task(own).requires_grad_(True)
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -254,10 +270,8 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         if adapters.selection.default is adapters.task(name):
             adapters.selection.set_default(None)
         del adapters.tasks[key_of(name)]
-        if not len(adapters.tasks):
-            adapters.remove()
-            (holder,) = holders(unwrap(model)).values()
-            del holder.adapter_ops
+        if not len(adapters.tasks) and not adapters.serves_bank:
+            adapters.detach()
 
 
 @contextlib.contextmanager
