@@ -8,6 +8,7 @@
 device, dtype and size.
 """
 
+import math
 import os
 from typing import Any, NamedTuple
 
@@ -144,16 +145,16 @@ def choose(x: Tensor, residual: Tensor | None, weights: Weights, options: Option
 
     Args:
         x, residual: [M, D] as the kernels take them.
+        weights: of one adapter, or of T tasks.
     """
-    kind, w_down = x.device.type, weights.w_down
+    kind, shape = x.device.type, list(weights.w_down.shape[-2:])
     if kind == "cpu" and not INTERPRETED:
         return _SMALL if x.numel() < (SMALL if torch.is_grad_enabled() else SMALL_INFERENCE) else _CPU
     if kind not in ("cpu", "cuda"):
         return Backend("reference", f"no kernels for device type {kind!r}")
     if MISSING is not None:
         return Backend("reference", MISSING)
-    if w_down.numel() >= 1 << 31:
-        shape = list(w_down.shape)
+    if math.prod(shape) >= 1 << 31:
         return Backend("reference", f"a weight {shape} has more elements than the kernels address, 2^31 - 1")
     target = plan.target(x.device)
     if not target.interpreted:
@@ -171,8 +172,10 @@ def may_run_kernels(x: Tensor, w_down: Tensor, options: Options) -> bool:
 
     It is traced, and asks no more than sizes and the card. Where it is wrong, the op decides when it runs.
     """
-    (R, D), M = w_down.shape, x.numel() // x.shape[-1]
+    (*tasks, R, D), M = w_down.shape, x.numel() // x.shape[-1]
     for itemsize, rows, columns, bottleneck in _limits(x.device):
+        if tasks and itemsize:  # what was measured is one adapter for all rows
+            continue
         if itemsize in (0, options.dtype.itemsize) and rows <= M and columns >= D and bottleneck >= R:
             return True
     return False

@@ -115,7 +115,10 @@ def _shaped(play: Play, x: int, shape: Callable[[Tensor, Tensor], Tensor]) -> Pl
 
 
 class KernelCalls:
-    """Calls of the kernels with one description; the plans that they need, and recordings of them."""
+    """Calls of the kernels with one description; the plans that they need, and recordings of them.
+
+    Where each row has a task, `index` is which row has each position, and how many rows each task has.
+    """
 
     def __init__(self, options: Options, target: Target, tuning: Tuning = UNTUNED) -> None:
         self.options, self.target, self.tuning = options, target, tuning
@@ -126,7 +129,7 @@ class KernelCalls:
         self.backwards: Kinds[Play] = Kinds()
 
     def forward(self, inputs: tuple[Any, ...], save_z: bool) -> Sequence[Any]:
-        """y and z of x, residual and the five weights."""
+        """y and z of x, residual, the five weights and the index."""
         return self.forwards[save_z](*inputs) or self._first_forward(inputs, save_z)
 
     def backward(
@@ -138,10 +141,11 @@ class KernelCalls:
         needs: Sequence[bool],
         residual_is_x: bool,
         hooked: bool = False,
+        index: Sequence[Tensor] = (),
     ) -> Sequence[Any]:
         """The gradients in the order of `Needs`."""
         tf32 = self.options.dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision
-        inputs = dy, x, z, *weights
+        inputs = dy, x, z, *weights, *index
         settings = *needs, residual_is_x, tf32, hooked, *[t is None for t in weights]
         play = self.backwards.find(settings, present(inputs))
         found = play(*inputs) if play else None
@@ -152,9 +156,9 @@ class KernelCalls:
         return [*found[:-1], _of_scale(found[-1], weights[-1])]
 
     def _first_forward(self, inputs: tuple[Any, ...], save_z: bool) -> Sequence[Any]:
-        x, residual, *weights = inputs
-        taken = (_any_rows(x), _any_rows(residual), *dense(weights))
-        described = rows(x), None if residual is None else rows(residual), Weights(*taken[2:])
+        x, residual, *weights = inputs[:7]
+        taken = (_any_rows(x), _any_rows(residual), *dense(weights), *inputs[7:])
+        described = rows(x), None if residual is None else rows(residual), Weights(*taken[2:7])
         problem = forward_problem(*described, self.options, save_z, self.target, self.tuning)
         plan = self.plans.get(problem) or self._keep(problem, forward_form.plan(problem))
         y, z = plan.run(taken)
@@ -167,9 +171,9 @@ class KernelCalls:
     def _first_backward(
         self, settings: Any, inputs: tuple[Any, ...], needs: Needs, residual_is_x: bool, hooked: bool
     ) -> list[Any]:
-        dy, x, z, *weights = inputs
-        taken = (_any_rows(dy), _any_rows(x), z.contiguous(), *dense(weights))
-        described = rows(dy), rows(x), taken[2], Weights(*taken[3:])
+        dy, x, z, *weights = inputs[:8]
+        taken = (_any_rows(dy), _any_rows(x), z.contiguous(), *dense(weights), *inputs[8:])
+        described = rows(dy), rows(x), taken[2], Weights(*taken[3:8])
         problem = backward_problem(*described, self.options, needs, residual_is_x, self.target, self.tuning)
         # What hooks bring back may differ from what a problem tells of it, so nothing is recorded of such a call.
         plan = None if hooked else self.plans.get(problem)
@@ -193,8 +197,8 @@ class KernelCalls:
 
 
 def _of_scale(per_channel: Any, scale: Any) -> Tensor:
-    """The gradient of a scale of one value or one a channel, from one value a channel."""
-    total = per_channel if scale.numel() > 1 else per_channel.sum()
+    """The gradient of a scale of one value or one a channel, a task, from one value a channel."""
+    total = per_channel if scale.numel() == per_channel.numel() else per_channel.sum(-1)
     return total.to(scale.dtype).view_as(scale)
 
 

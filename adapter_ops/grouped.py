@@ -2,8 +2,9 @@
 
     y[m] = residual[m] + scale[t] · (act(x[m] · W_down[t]ᵀ + b_down[t]) · W_up[t]ᵀ + b_up[t])      t = task_ids[m]
 
-Rows are sorted by task, and each task's rows, which then are neighbours, go through the single adapter. Where that
-cannot be done the formula runs in PyTorch's own operations, which gather the weights of every row.
+Rows are sorted by task. On the CPU each task's rows, which then are neighbours, go through the single adapter; the
+kernels take them in tiles of one task. Where neither can be done the formula runs in PyTorch's own operations, which
+gather the weights of every row.
 """
 
 from typing import Any
@@ -13,11 +14,12 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import grouped_cpu
-from .backend import Backend, compute_dtype, obstacle, require, transformed
+from .backend import INTERPRETED, Backend, compute_dtype, may_run_kernels, obstacle, require, transformed
+from .calls import KernelCalls
 from .functional import DTYPES, finite_scale
 from .kernels.activations import find_activation
 from .kernels.problem import Needs, Options, Weights
-from .ops import OPTIONS_SCHEMA, WEIGHTS_SCHEMA, backward_products, product_flops
+from .ops import OPTIONS_SCHEMA, WEIGHTS_SCHEMA, backward_products, op_calls, product_flops, tell_traced
 
 _CPU = Backend("cpu", "tensors are on the CPU: rows are sorted by task, and oneDNN and ATen add in place")
 
@@ -65,9 +67,9 @@ def grouped_bottleneck_adapter(
             or a size out of range. On a GPU an id out of range is a device-side assertion.
         TypeError: a dtype that is not one of those above, no tensor for a tensor, no number for the scale.
 
-    On the CPU the adapters of a batch run one task after the other, each on all of its rows. On a GPU there is no
-    kernel for it yet: PyTorch's own operations gather the weights of every row, which takes memory of M · R · D
-    elements. Gradients of gradients work everywhere.
+    On the CPU the adapters of a batch run one task after the other, each on all of its rows. No GPU has run the kernels
+    yet, so there PyTorch's own operations gather the weights of every row, which takes memory of M · R · D elements,
+    unless ADAPTER_OPS_UNMEASURED=1 lets the kernels run. Gradients of gradients work everywhere.
 
     >>> x, ids = torch.randn(3, 7, 16), torch.tensor([1, 0, -1])  # three sequences
     >>> w_down, w_up = torch.randn(2, 4, 16), torch.randn(2, 16, 4)
@@ -87,14 +89,25 @@ def grouped_bottleneck_adapter(
     if residual is x:
         residual = None
     found = obstacle(x, ids, residual, *weights)
-    if found is None and x.device.type != "cpu":
-        found = Backend("reference", f"there is no kernel for the tasks of a batch on {x.device.type}")
-    if found is None:
-        require(_CPU)
+    if found is not None:
+        require(found)
+    elif _has_implementation(x, residual, weights, options):
         return forward_op(x, ids, residual, *weights, *options, torch.is_grad_enabled())[0]
-    require(found)
     _check_range("task_ids", ids, -1, len(w_down) - 1)
     return formula(x, ids, residual, weights, options)
+
+
+def _has_implementation(x: Tensor, residual: Tensor | None, weights: Weights, options: Options) -> bool:
+    """Whether a call that meets no obstacle is left to the op, rather than to PyTorch's own operations."""
+    if x.device.type == "cpu":
+        return True
+    if not torch.compiler.is_compiling():
+        return isinstance(op_calls(x, residual, weights, options), KernelCalls)
+    # An exported program leaves the choice to the op, which makes it where the program runs.
+    if not x.is_cuda or torch.compiler.is_exporting() or may_run_kernels(x, weights.w_down, options):
+        return x.is_cuda
+    tell_traced(x.device, options.dtype)
+    return False
 
 
 def formula(x: Tensor, task_ids: Tensor, residual: Tensor | None, weights: Weights, options: Options) -> Tensor:
@@ -200,13 +213,53 @@ forward_op = torch.ops.adapter_ops.grouped_forward.default
 backward_op = torch.ops.adapter_ops.grouped_backward.default
 
 
-def _forward(x, task_ids, residual, w_down, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _calls(x: Tensor, residual: Tensor | None, weights: Weights, options: Options) -> KernelCalls | None:
+    """The kernels' calls; None where `grouped_cpu` runs, whose operations every device has."""
+    if x.device.type == "cpu" and not INTERPRETED:
+        require(_CPU)
+        return None
+    calls = op_calls(x, residual, weights, options)
+    return calls if isinstance(calls, KernelCalls) else None
+
+
+def _index(task_ids: Tensor, T: int) -> tuple[Tensor, Tensor]:
+    """The order that sorts rows by task [M], and how many rows have no task, task 0, task 1 and so on [T + 1].
+
+    Nothing waits for values, and nothing is atomic. Rows with an id out of range come last, and are counted nowhere.
+    """
+    ids, order = task_ids.sort(stable=True)
+    bounds = torch.arange(-1, T + 1, dtype=ids.dtype, device=ids.device)
+    return order, torch.searchsorted(ids, bounds).diff()
+
+
+def _forward(
+    x, task_ids, residual, w_down, b_down, w_up, b_up, scale_tensor, activation, scale, dtype, save_z
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y; z [M, R] of the rows by task (empty unless `save_z`); and both parts of `_index`."""
     _check_range("task_ids", task_ids, -1, len(w_down) - 1)  # here, as a compiled call has values when it runs
-    return grouped_cpu.forward(x, task_ids, residual, w_down, *rest)
+    weights, options = Weights(w_down, b_down, w_up, b_up, scale_tensor), Options(activation, scale, dtype)
+    calls = _calls(x, residual, weights, options)
+    if calls is None:
+        return grouped_cpu.forward(x, task_ids, residual, *weights, *options, save_z)
+    index = _index(task_ids, len(w_down))
+    y, z = calls.forward((x, residual, *weights, *index), save_z)
+    return y, x.new_empty(0, dtype=dtype) if z is None else z, *index
 
 
-_library.impl("grouped_forward", _forward, "CPU")
-_library.impl("grouped_backward", grouped_cpu.backward, "CPU")
+def _backward(
+    dy, x, z, order, counts, w_down, b_down, w_up, b_up, scale_tensor, activation, scale, dtype, needs, residual_is_x
+) -> list[Tensor]:
+    """The gradients asked for, in the order of `Needs`, without the gaps."""
+    weights, options = Weights(w_down, b_down, w_up, b_up, scale_tensor), Options(activation, scale, dtype)
+    calls = _calls(x, None if residual_is_x else dy, weights, options)
+    if calls is None:
+        return grouped_cpu.backward(dy, x, z, order, counts, *weights, *options, needs, residual_is_x)
+    found = calls.backward(dy, x, z, weights, needs, residual_is_x, index=(order, counts))
+    return [t for t in found if t is not None]
+
+
+_library.impl("grouped_forward", _forward, "CompositeExplicitAutograd")
+_library.impl("grouped_backward", _backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("adapter_ops::grouped_forward", lib=_library)

@@ -91,7 +91,7 @@ def adapter(
             # An exported program leaves the choice to the op, which makes it where the program runs.
             exporting = torch.compiler.is_exporting()
             if x.is_cuda and not exporting and not backend.may_run_kernels(x, weights.w_down, options):
-                _tell_traced(x.device, options.dtype)
+                tell_traced(x.device, options.dtype)
                 return _reference(options)(x, residual, *weights)
             return forward_op(x, residual, *weights, *options, torch.is_grad_enabled())[0]
         # A tensor that has left the torch.func transform it belonged to is a wrapper without memory of its own.
@@ -116,23 +116,24 @@ def _tell(found: Backend, x: Tensor, w_down: Tensor, dtype: torch.dtype) -> None
     """
     if torch.compiler.is_compiling() or not all(type(size) is int for size in w_down.shape):
         return
-    (R, D), fallback = w_down.shape, x.is_cuda and found.name != "triton"
+    (*tasks, R, D), fallback = w_down.shape, x.is_cuda and found.name != "triton"
+    what = "A batch of several tasks" if tasks else "An adapter"
     takes = "falls back from the kernels to" if fallback else "takes"
     _log_once(
         logging.WARNING if fallback else logging.INFO,
-        (x.device, dtype, D, R, found.name),
-        f"An adapter with D={D} and R={R} {takes} the backend {found.name!r} for {dtype} on {x.device}: {found.reason}",
+        (x.device, dtype, D, R, found.name, what),
+        f"{what} with D={D} and R={R} {takes} the backend {found.name!r} for {dtype} on {x.device}: {found.reason}",
     )
 
 
-def _tell_traced(device: torch.device, dtype: torch.dtype) -> None:
+def tell_traced(device: torch.device, dtype: torch.dtype) -> None:
     """`_tell` of a call that torch.compile traces, whose sizes may be symbols."""
     reason = "no kernel was measured to be faster at its sizes"
     text = f"torch.compile takes PyTorch's own operations for an adapter in {dtype} on {device}: {reason}"
     _log_once(logging.WARNING, (device, dtype, "compiled"), text)
 
 
-_tell_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]  # called while it is traced
+tell_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]  # called while it is traced
 
 
 def _log_once(level: int, key: Hashable, text: str) -> None:
@@ -251,7 +252,7 @@ def _forward(
             "program by program.run_decompositions(torch._decomp.get_decompositions([torch.ops.adapter_ops.forward]))"
         )
     weights = Weights(w_down, b_down, w_up, b_up, scale_tensor)
-    calls = _op_calls(x, residual, weights, Options(activation, scale, dtype))
+    calls = op_calls(x, residual, weights, Options(activation, scale, dtype))
     y, z = calls.forward((x, residual, *weights), save_z)
     return y, x.new_empty(0, dtype=dtype) if z is None else z
 
@@ -277,7 +278,7 @@ def _backward(
 ) -> list[Tensor]:
     """The gradients asked for, in the order of `Needs`, without the gaps."""
     weights, options = Weights(w_down, b_down, w_up, b_up, scale_tensor), Options(activation, scale, dtype)
-    calls = _op_calls(x, None if residual_is_x else dy, weights, options)
+    calls = op_calls(x, None if residual_is_x else dy, weights, options)
     gradients = calls.backward(dy, x, z, weights, needs, residual_is_x)
     return [t for t in gradients if t is not None]
 
@@ -291,8 +292,8 @@ def _(dy, x, z, w_down, b_down, w_up, b_up, scale_tensor, activation, scale, dty
     return [t.new_empty(t.shape) for t, need in zip(inputs, needs) if need]
 
 
-def _op_calls(x: Tensor, residual: Tensor | None, weights: Weights, options: Options) -> CPUCalls | KernelCalls:
-    """The calls of an op. The backend is chosen when the op runs, not when it is traced.
+def op_calls(x: Tensor, residual: Tensor | None, weights: Weights, options: Options) -> CPUCalls | KernelCalls:
+    """The calls of an op, also of the grouped ones. The backend is chosen when the op runs, not when it is traced.
 
     Inside an op there is no autograd to fall back on: what would be the reference is ATen.
     """

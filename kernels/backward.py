@@ -12,6 +12,9 @@ With s = scale and h = act(z):
 
 dscale costs no pass over the tokens: with u = h · W_upᵀ + b_up, Σ_m dy ⊙ u is the last line. Only what is asked for
 is computed; an output that is None is compiled away.
+
+With tasks (grouped.py), every parameter has a first dimension of T. z, dz and h are in the order of positions, and a
+block of rows or a slice has rows of one task, so that each partial sum belongs to one.
 """
 
 from typing import NamedTuple
@@ -19,9 +22,10 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from . import configs, split
+from . import configs, grouped, split
 from .activations import find_activation
 from .configs import blocks
+from .parts import pass_rows, rows, tile
 from .plan import Launch, Memory, Plan, dots, stride_unit
 from .problem import Needs, Problem
 from .reduce import reduce
@@ -37,6 +41,7 @@ class Work(NamedTuple):
     b_up: bool  # Σ dy
     down: bool  # dzᵀ · x
     b_down: bool  # Σ dz
+    dz_side: int  # rows of a block, in the dz kernel
     dz_rows: int  # P: blocks of rows of the dz kernel
     slices: int  # S: of M, in the dx_dw kernel
     rows_per_slice: int  # a multiple of its BLOCK_M
@@ -51,15 +56,20 @@ def plan(p: Problem) -> Plan:
     assert p.needs is not None
     n, M, D, R = p.needs, p.M, p.D, p.R
     w = _work(p, n)
-    launches = []
+    launches, sides = [], []
     if M and (w.dz or w.h):
         launches.append(dz(p, w))
+        sides.append(w.dz_side)
     if M and w.dx and w.r_blocks > 1:
         launches.append(split.input_gradient(p))
+        sides.append(configs.tiles("dx", p).BLOCK_M)
     if M and (w.up or w.b_up or w.down or (w.dx and w.r_blocks == 1)):
         launches.append(dx_dw(p, w))
+        sides.append(w.rows_per_slice)
     if any(n[1:]):
-        launches.append(reduce(p, w.slices, w.dz_rows))
+        launches.append(reduce(p, w.slices, w.rows_per_slice, w.dz_rows, w.dz_side))
+        sides += [w.rows_per_slice] * (w.up or w.b_up or w.down) + [w.dz_side] * w.b_down
+    tables, index = grouped.tables(p, *sides)
 
     acc, dtype = p.acc_dtype, p.parameter_dtype
     scratch = {
@@ -72,14 +82,14 @@ def plan(p: Problem) -> Plan:
     }
     outputs = {
         "dx": Memory((M, D), p.x.dtype, like="x") if n.x else None,
-        "dw_down": Memory((R, D), dtype, like="w_down") if n.w_down else None,
-        "db_down": Memory((R,), dtype, like="b_down") if n.b_down else None,
-        "dw_up": Memory((D, R), dtype, like="w_up") if n.w_up else None,
-        "db_up": Memory((D,), dtype, like="b_up") if n.b_up else None,
-        "dscale": Memory((D,), acc) if n.scale else None,
+        "dw_down": Memory((*p.each, R, D), dtype, like="w_down") if n.w_down else None,
+        "db_down": Memory((*p.each, R), dtype, like="b_down") if n.b_down else None,
+        "dw_up": Memory((*p.each, D, R), dtype, like="w_up") if n.w_up else None,
+        "db_up": Memory((*p.each, D), dtype, like="b_up") if n.b_up else None,
+        "dscale": Memory((*p.each, D), acc) if n.scale else None,
     }
-    needed = {name: memory for name, memory in scratch.items() if memory}
-    return Plan(p, "three kernels", "the only form of backward", launches, outputs, needed)
+    needed = index | {name: memory for name, memory in scratch.items() if memory}
+    return Plan(p, "three kernels", "the only form of backward", [*tables, *launches], outputs, needed)
 
 
 def _work(p: Problem, n: Needs) -> Work:
@@ -87,7 +97,7 @@ def _work(p: Problem, n: Needs) -> Work:
     r_blocks = blocks(p.R, tiles.BLOCK_R)
     rows, columns = blocks(p.M, tiles.BLOCK_M), blocks(p.D, tiles.BLOCK_D) * r_blocks
     slices = max(1, p.target.multiprocessors // columns)  # one program a multiprocessor
-    rows_per_slice = blocks(rows, slices) * tiles.BLOCK_M
+    rows_per_slice = max(1, blocks(rows, slices)) * tiles.BLOCK_M
     return Work(
         dz=n.x or n.w_down or n.b_down,
         h=n.w_up or n.scale,
@@ -96,8 +106,9 @@ def _work(p: Problem, n: Needs) -> Work:
         b_up=n.b_up or (n.scale and p.b_up),
         down=n.w_down,
         b_down=n.b_down,
-        dz_rows=blocks(p.M, dz_tiles.BLOCK_M),
-        slices=blocks(p.M, rows_per_slice) if p.M else 0,
+        dz_side=dz_tiles.BLOCK_M,
+        dz_rows=grouped.tile_count(p, dz_tiles.BLOCK_M),
+        slices=grouped.tile_count(p, rows_per_slice) if p.M else 0,
         rows_per_slice=rows_per_slice,
         r_blocks=r_blocks,
     )
@@ -118,6 +129,7 @@ def dz(p: Problem, w: Work) -> Launch:
         "b_down_partial_ptr": "b_down_sum" if w.b_down else None,
         "M": p.M,
         "stride_dym": p.dy.stride,
+        **grouped.index(p, tiles.BLOCK_M),
     }
     constants = dict(
         D=p.D,
@@ -141,6 +153,8 @@ def dz_kernel(
     dz_ptr,  # [M, R] or None
     h_ptr,  # [M, R] or None
     b_down_partial_ptr,  # [R, P] or None: Σ dz over each of P blocks of rows
+    order_ptr,  # [M] or None: the row of each position
+    tiles_ptr,  # [P, 3] or None
     M,
     stride_dym,
     D: tl.constexpr,
@@ -157,11 +171,17 @@ def dz_kernel(
 ):
     stride_dym = stride_dym // STRIDE_UNIT * STRIDE_UNIT
     R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R  # neighbours in time share their rows of dy in L2
-    row = (tl.program_id(0) // R_BLOCKS).to(tl.int64) * BLOCK_M
+    task, row, stop = tile(tl.program_id(0) // R_BLOCKS, M, BLOCK_M, tiles_ptr)
     offs_m = tl.arange(0, BLOCK_M)
     offs_r = tl.program_id(0) % R_BLOCKS * BLOCK_R + tl.arange(0, BLOCK_R)
-    mask_m = offs_m < M - row
+    base, rows_m, mask_m = rows(row, stop, offs_m, order_ptr)
     mask_r = offs_r < R
+    if tiles_ptr is not None:
+        if task < 0:
+            return
+        w_up_ptr += task * D * R
+        if scale_ptr is not None:
+            scale_ptr += task * (D if SCALE_STRIDE else 1)
     offs_mr = offs_m[:, None] * R + offs_r[None, :]
     mask_mr = mask_m[:, None] & mask_r[None, :]
 
@@ -173,7 +193,7 @@ def dz_kernel(
             offs_d = start_d + tl.arange(0, BLOCK_D)
             mask_d = offs_d < D
             dy = tl.load(  # [BLOCK_M, BLOCK_D]
-                dy_ptr + row * stride_dym + offs_m[:, None] * stride_dym + offs_d[None, :],
+                dy_ptr + base * stride_dym + rows_m[:, None] * stride_dym + offs_d[None, :],
                 mask=mask_m[:, None] & mask_d[None, :],
                 other=0.0,
             )
@@ -216,6 +236,7 @@ def dx_dw(p: Problem, w: Work) -> Launch:
         "rows_per_slice": w.rows_per_slice,
         "stride_dym": p.dy.stride,
         "stride_xm": p.x.stride,
+        **grouped.index(p, w.rows_per_slice),
     }
     constants = dict(
         D=p.D,
@@ -240,6 +261,8 @@ def dx_dw_kernel(
     up_partial_ptr,  # [S, D, R] or None: dyᵀ · h
     b_up_partial_ptr,  # [S, D] or None: Σ dy
     down_partial_ptr,  # [S, D, R] or None: xᵀ · dz
+    order_ptr,  # [M] or None: the row of each position
+    tiles_ptr,  # [S, 3] or None: the slices
     M,
     rows_per_slice,  # a multiple of BLOCK_M
     stride_dym,
@@ -268,6 +291,16 @@ def dx_dw_kernel(
     offs_mr = offs_m[:, None] * R + offs_r[None, :]
     mask_d = offs_d < D
     mask_r = offs_r < R
+    task, first, stop = tile(pid_s, M, rows_per_slice, tiles_ptr)
+    if tiles_ptr is not None:
+        if task < 0:
+            if dx_ptr is not None:
+                if task == -1:
+                    source_ptr = dy_ptr if ADD_DY else None
+                    pass_rows(source_ptr, stride_dym, dx_ptr, D, offs_d, first, stop, order_ptr, BLOCK_M, BLOCK_D)
+            return
+        w_down_ptr += task * R * D
+        rows_per_slice = stop - first
     # The accumulators are held the way round that gives the dot the longer first side.
     R_FIRST: tl.constexpr = BLOCK_R >= BLOCK_D
     NEED_DZ: tl.constexpr = (dx_ptr is not None) or (down_partial_ptr is not None)
@@ -294,13 +327,13 @@ def dx_dw_kernel(
         b_up = tl.zeros([BLOCK_D], dtype=ACC)
 
     for start_m in range(0, rows_per_slice, BLOCK_M):
-        row = pid_s * rows_per_slice + start_m
-        mask_m = offs_m < M - row
+        row = first + start_m
+        base, rows_m, mask_m = rows(row, stop, offs_m, order_ptr)
         mask_md = mask_m[:, None] & mask_d[None, :]
         mask_mr = mask_m[:, None] & mask_r[None, :]
         if NEED_DY:
             dy = tl.load(  # [BLOCK_M, BLOCK_D]
-                dy_ptr + row * stride_dym + offs_m[:, None] * stride_dym + offs_d[None, :], mask=mask_md, other=0.0
+                dy_ptr + base * stride_dym + rows_m[:, None] * stride_dym + offs_d[None, :], mask=mask_md, other=0.0
             )
         if NEED_DZ:
             dz = tl.load(dz_ptr + row * R + offs_mr, mask=mask_mr, other=0.0).to(DOT)  # [BLOCK_M, BLOCK_R]
@@ -308,7 +341,7 @@ def dx_dw_kernel(
             dx = tl.dot(dz, w_down, out_dtype=ACC, input_precision=PRECISION)  # [BLOCK_M, BLOCK_D]
             if ADD_DY:
                 dx += dy.to(ACC)
-            tl.store(dx_ptr + row * D + offs_m[:, None] * D + offs_d[None, :], dx, mask=mask_md)
+            tl.store(dx_ptr + base * D + rows_m[:, None] * D + offs_d[None, :], dx, mask=mask_md)
         if up_partial_ptr is not None:
             h = tl.load(h_ptr + row * R + offs_mr, mask=mask_mr, other=0.0).to(DOT)  # [BLOCK_M, BLOCK_R]
             if R_FIRST:
@@ -317,7 +350,7 @@ def dx_dw_kernel(
                 up = tl.dot(dy.to(DOT).T, h, up, out_dtype=ACC, input_precision=PRECISION)
         if down_partial_ptr is not None:
             x = tl.load(  # [BLOCK_M, BLOCK_D]
-                x_ptr + row * stride_xm + offs_m[:, None] * stride_xm + offs_d[None, :], mask=mask_md, other=0.0
+                x_ptr + base * stride_xm + rows_m[:, None] * stride_xm + offs_d[None, :], mask=mask_md, other=0.0
             )
             if R_FIRST:
                 down = tl.dot(dz.T, x.to(DOT), down, out_dtype=ACC, input_precision=PRECISION)

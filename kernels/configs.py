@@ -298,6 +298,8 @@ def splits(p: Problem) -> int:
     A program of `shrink` reads D / S columns and one of `combine` adds S partial sums of R, so about √(D/R) splits take
     both the same time; fewer where there are programs enough without.
     """
+    if p.tasks:
+        return 1
     if p.tuning.splits:
         return p.tuning.splits
     shrink = tiles("shrink", p)

@@ -38,7 +38,7 @@ def _reason(p: Problem, form: str) -> str | None:
         return "asked for" if p.tuning.form == form else None
     if p.target.interpreted:
         return "TRITON_INTERPRET=1 runs the kernels on the CPU"
-    for row in configs.measured(form, p.target):
+    for row in () if p.tasks else configs.measured(form, p.target):
         wide = row.columns < p.D or row.bottleneck < p.R
         if p.dtype.itemsize == row.itemsize and row.rows <= p.M and not wide:
             return f"faster than PyTorch on {row.card} (commit {row.commit}, {row.date})"
@@ -47,6 +47,8 @@ def _reason(p: Problem, form: str) -> str | None:
 
 def _no_form(p: Problem) -> str:
     """Why PyTorch's own operations run."""
+    if p.tasks:
+        return f"no card has run the kernels for the tasks of a batch; {UNMEASURED}=1 runs them all the same"
     rows = [row for form in FORMS for row in configs.measured(form, p.target)]
     if not rows:
         card = "compute capability {}.{}".format(*p.target.capability)
@@ -75,7 +77,7 @@ def _resident_form(p: Problem, reason: str) -> Plan | None:
     """The copy engine takes 16-bit tensors of one dtype whose rows and starts are at multiples of 16 bytes."""
     one_dtype = p.x.dtype == p.parameter_dtype == p.dtype and p.dtype.itemsize == 2
     multiples = p.aligned and p.x.stride % 8 == p.D % 8 == p.R % 8 == 0
-    if p.residual or p.target.interpreted or not (one_dtype and multiples):
+    if p.tasks or p.residual or p.target.interpreted or not (one_dtype and multiples):
         return None
     config, module = configs.resident(p), _resident()
     return _plan(p, "resident", reason, [module.launch(p, config)]) if config and module else None
@@ -88,7 +90,7 @@ def _fused_form(p: Problem, reason: str) -> Plan | None:
         better_split = p.D > configs.FUSED_COLUMNS or not configs.fills_card(p)
         if not configs.holds_bottleneck(p) or (others_run and better_split):
             return None
-    return _plan(p, "fused", reason, [fused.launch(p)])
+    return _plan(p, "fused", reason, *fused.launches(p))
 
 
 def _split_form(p: Problem, reason: str) -> Plan | None:

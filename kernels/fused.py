@@ -6,20 +6,23 @@
 A program owns BLOCK_M rows. It walks D once to build z in registers, then walks D again, backwards, so that the
 second read of x (as the residual) starts with the columns that are still in L2. Only x is read from and y (and z, for
 backward) written to device memory: 4·M·D bytes in 16-bit, plus M·R.
+
+With tasks (grouped.py), every parameter has a first dimension of T, a tile has rows of one task, and z is in the order
+of positions.
 """
 
 import triton
 import triton.language as tl
 
-from . import configs
+from . import configs, grouped
 from .activations import find_activation
-from .parts import finish
-from .plan import Launch, dots, stride_unit
+from .parts import finish, pass_rows, rows, tile
+from .plan import Launch, Memory, dots, stride_unit
 from .problem import Problem
 
 
-def launch(p: Problem) -> Launch:
-    """y and, unless it is not to be saved, z of a problem."""
+def launches(p: Problem) -> tuple[list[Launch], dict[str, Memory]]:
+    """y and, unless it is not to be saved, z of a problem; and the scratch tensors."""
     tiles = configs.tiles("fused", p)
     residual = p.residual or p.x
     arguments = {
@@ -36,6 +39,7 @@ def launch(p: Problem) -> Launch:
         "M": p.M,
         "stride_xm": p.x.stride,
         "stride_rm": residual.stride,
+        **grouped.index(p, tiles.BLOCK_M),
     }
     constants = dict(
         D=p.D,
@@ -46,7 +50,8 @@ def launch(p: Problem) -> Launch:
         **dots(p),
         **vars(tiles),
     )
-    return Launch(fused_kernel, (configs.blocks(p.M, tiles.BLOCK_M),), arguments, constants)
+    tables, scratch = grouped.tables(p, tiles.BLOCK_M)
+    return [*tables, Launch(fused_kernel, (grouped.tile_count(p, tiles.BLOCK_M),), arguments, constants)], scratch
 
 
 @triton.jit
@@ -61,6 +66,8 @@ def fused_kernel(
     scale_ptr,  # [1] (SCALE_STRIDE 0), [D] (SCALE_STRIDE 1) or None
     y_ptr,  # [M, D]
     z_ptr,  # [M, R] or None
+    order_ptr,  # [M] or None: the row of each position
+    tiles_ptr,  # [tiles, 3] or None
     M,
     stride_xm,
     stride_rm,
@@ -78,18 +85,35 @@ def fused_kernel(
 ):
     stride_xm = stride_xm // STRIDE_UNIT * STRIDE_UNIT
     stride_rm = stride_rm // STRIDE_UNIT * STRIDE_UNIT
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M
+    task, row, stop = tile(tl.program_id(0), M, BLOCK_M, tiles_ptr)
     offs_m = tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)
-    mask_m = offs_m < M - row
+    base, rows_m, mask_m = rows(row, stop, offs_m, order_ptr)
     mask_r = offs_r < R
+    if tiles_ptr is not None:
+        if task < 0:
+            if task == -1:
+                for start_d in range(0, D, BLOCK_D):
+                    offs_d = start_d + tl.arange(0, BLOCK_D)
+                    pass_rows(residual_ptr, stride_rm, y_ptr, D, offs_d, row, stop, order_ptr, BLOCK_M, BLOCK_D)
+                if z_ptr is not None:
+                    pass_rows(None, 0, z_ptr + row * R, R, offs_r, 0, stop - row, None, BLOCK_M, BLOCK_R)
+            return
+        w_down_ptr += task * R * D
+        w_up_ptr += task * D * R
+        if b_down_ptr is not None:
+            b_down_ptr += task * R
+        if b_up_ptr is not None:
+            b_up_ptr += task * D
+        if scale_ptr is not None:
+            scale_ptr += task * (D if SCALE_STRIDE else 1)
 
     z = tl.zeros([BLOCK_M, BLOCK_R], dtype=ACC)
     for start_d in range(0, D, BLOCK_D):
         offs_d = start_d + tl.arange(0, BLOCK_D)
         mask_d = offs_d < D
         x = tl.load(  # [BLOCK_M, BLOCK_D]
-            x_ptr + row * stride_xm + offs_m[:, None] * stride_xm + offs_d[None, :],
+            x_ptr + base * stride_xm + rows_m[:, None] * stride_xm + offs_d[None, :],
             mask=mask_m[:, None] & mask_d[None, :],
             other=0.0,
         )
@@ -117,6 +141,6 @@ def fused_kernel(
         y = finish(y, b_up, scale, s, ACC)
         mask = mask_m[:, None] & mask_d[None, :]
         residual = tl.load(
-            residual_ptr + row * stride_rm + offs_m[:, None] * stride_rm + offs_d[None, :], mask=mask, other=0.0
+            residual_ptr + base * stride_rm + rows_m[:, None] * stride_rm + offs_d[None, :], mask=mask, other=0.0
         )
-        tl.store(y_ptr + row * D + offs_m[:, None] * D + offs_d[None, :], residual.to(ACC) + y, mask=mask)
+        tl.store(y_ptr + base * D + rows_m[:, None] * D + offs_d[None, :], residual.to(ACC) + y, mask=mask)

@@ -32,6 +32,8 @@ TL_DTYPE = {
 # The inputs of a run, in order.
 FORWARD = ("x", "residual", "w_down", "b_down", "w_up", "b_up", "scale")
 BACKWARD = ("dy", "x", "z", "w_down", "b_down", "w_up", "b_up", "scale")
+# What follows them where each row has a task (grouped.py): which row has each position, and how many rows a task has.
+INDEX = ("order", "counts")
 
 
 @triton.jit
@@ -163,7 +165,8 @@ class Plan:
         self.launches: tuple[Launch, ...] = tuple(launches)
         self.outputs: dict[str, Memory | None] = outputs or {}
         self.scratch: dict[str, Memory] = scratch or {}
-        self.inputs: tuple[str, ...] = FORWARD if problem.needs is None else BACKWARD
+        inputs = FORWARD if problem.needs is None else BACKWARD
+        self.inputs: tuple[str, ...] = inputs + INDEX if problem.tasks else inputs
         self.offsets: list[int]
         self.bytes: int
         self.offsets, self.bytes = _layout(self.scratch)
@@ -178,7 +181,8 @@ class Plan:
 
     def __str__(self) -> str:
         p = self.problem
-        lines = [f"{self.form} at M={p.M}, D={p.D}, R={p.R}: {self.reason}", *map(str, self.launches)]
+        tasks = f", T={p.tasks}" if p.tasks else ""
+        lines = [f"{self.form} at M={p.M}, D={p.D}, R={p.R}{tasks}: {self.reason}", *map(str, self.launches)]
         return "\n  ".join(lines)
 
     def tensors(self, inputs: Sequence[Tensor | None]) -> dict[str, Any]:
@@ -195,8 +199,9 @@ class Plan:
         """Launches all kernels, and returns the outputs.
 
         Args:
-            inputs: in the order of FORWARD or BACKWARD, as the problem describes them, on one device. x, dy and the
-                residual may have any number of dimensions where they are dense.
+            inputs: in the order of FORWARD or BACKWARD, and of INDEX where the problem has tasks, as the problem
+                describes them, on one device. x, dy and the residual may have any number of dimensions where they are
+                dense.
         """
         if self.recording is not None:
             found = self.recording.play(*inputs)

@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 class Weights(NamedTuple):
-    """The tensors of one adapter, laid out as nn.Linear has them."""
+    """The tensors of one adapter, laid out as nn.Linear has them; of T tasks, each has a first dimension T."""
 
     w_down: Tensor  # [R, D]
     b_down: Tensor | None  # [R]
     w_up: Tensor  # [D, R]
     b_up: Tensor | None  # [D]
-    scale: Tensor | None  # [1] or [D]; takes the place of Options.scale
+    scale: Tensor | None  # [1] or [D], of tasks [T] or [T, D]; takes the place of Options.scale
 
 
 class Options(NamedTuple):
@@ -79,7 +79,7 @@ class Problem(NamedTuple):
     b_up: bool
     activation: str
     scale: float  # used where scale_size is 0
-    scale_size: int  # elements of the tensor that is the scale: 1 or D, and 0 where a number is
+    scale_size: int  # elements of the tensor that is the scale, a task: 1 or D, and 0 where a number is
     dtype: torch.dtype  # of the products' operands, and of z
     tf32: bool  # whether products of float32 may round their operands to TF32
     aligned: bool  # whether every tensor starts at a multiple of 16 bytes
@@ -88,6 +88,12 @@ class Problem(NamedTuple):
     save_z: bool = False  # of forward
     dy: Rows | None = None  # of backward
     needs: Needs | None = None  # of backward
+    tasks: int = 0  # T, where each row has a task; 0 where all rows are one adapter's
+
+    @property
+    def each(self) -> tuple[int, ...]:
+        """The first dimension of every parameter, if it has one: that of the tasks."""
+        return (self.tasks,) if self.tasks else ()
 
     @property
     def acc_dtype(self) -> torch.dtype:
@@ -117,20 +123,22 @@ def _uses_tf32(dtype: torch.dtype) -> bool:
 def _common(x: Tensor, weights: Weights, options: Options, others: tuple[Tensor | None, ...]) -> dict[str, Any]:
     w_down, b_down, _, b_up, scale = weights
     tensors = (x, *weights, *others)
+    tasks = w_down.shape[0] if w_down.dim() == 3 else 0
     return dict(
         M=x.shape[0],
         D=x.shape[1],
-        R=w_down.shape[0],
+        R=w_down.shape[-2],
         x=_rows(x),
         parameter_dtype=w_down.dtype,
         b_down=b_down is not None,
         b_up=b_up is not None,
         activation=options.activation,
         scale=options.scale,
-        scale_size=0 if scale is None else scale.numel(),
+        scale_size=0 if scale is None else scale.numel() // max(1, tasks),
         dtype=options.dtype,
         tf32=_uses_tf32(options.dtype),
         aligned=all(t is None or t.data_ptr() % 16 == 0 for t in tensors),
+        tasks=tasks,
     )
 
 
@@ -143,7 +151,10 @@ def forward_problem(
     target: Target,
     tuning: Tuning = UNTUNED,
 ) -> Problem:
-    """Of x and residual [M, D] with any row stride and a dense last dimension, and dense parameters."""
+    """Of x and residual [M, D] with any row stride and a dense last dimension, and dense parameters.
+
+    Parameters of three dimensions, [T, R, D] and so on, are those of T tasks.
+    """
     own = None if residual is None else _rows(residual)
     common = _common(x, weights, options, (residual,))
     return Problem(**common, residual=own, target=target, tuning=tuning, save_z=save_z)

@@ -10,6 +10,9 @@ order of the splits and nothing is atomic, so the same launch gives the same bit
 large R, so R has no limit. The price is h (and the partial sums) written and read, and x read once more: 6·M·D bytes in
 16-bit, plus 4·M·R.
 
+With tasks (grouped.py), every parameter has a first dimension of T, a tile has rows of one task, and z and h are in the
+order of positions. D is then never divided, because `combine` does not know tasks.
+
 `expand` also computes dx = dy + dz · W_down, which is the same thing.
 """
 
@@ -18,10 +21,10 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from . import configs
+from . import configs, grouped
 from .activations import find_activation
 from .configs import blocks
-from .parts import finish
+from .parts import finish, pass_rows, rows, tile
 from .plan import Launch, Memory, dots, stride_unit
 from .problem import Problem
 
@@ -31,9 +34,10 @@ def launches(p: Problem) -> tuple[list[Launch], dict[str, Memory]]:
     tiles = configs.tiles("shrink", p)
     width = blocks(blocks(p.D, configs.splits(p)), tiles.BLOCK_D) * tiles.BLOCK_D
     S = blocks(p.D, width)
-    scratch = {"h": Memory((p.M, p.R), p.dtype)}
+    tables, scratch = grouped.tables(p, tiles.BLOCK_M, configs.tiles("expand", p).BLOCK_M)
+    scratch["h"] = Memory((p.M, p.R), p.dtype)
     if S == 1:
-        return [shrink(p, S, width), expand(p)], scratch
+        return [*tables, shrink(p, S, width), expand(p)], scratch
     scratch["partial"] = Memory((S, p.M, p.R), p.acc_dtype)
     return [shrink(p, S, width), combine(p, S), expand(p)], scratch
 
@@ -50,6 +54,7 @@ def shrink(p: Problem, S: int, width: int) -> Launch:
         "h_ptr": "h" if last else None,
         "M": p.M,
         "stride_xm": p.x.stride,
+        **grouped.index(p, tiles.BLOCK_M),
     }
     constants = dict(
         D=p.D,
@@ -60,7 +65,8 @@ def shrink(p: Problem, S: int, width: int) -> Launch:
         **dots(p),
         **vars(tiles),
     )
-    return Launch(shrink_kernel, (blocks(p.M, tiles.BLOCK_M) * blocks(p.R, tiles.BLOCK_R), S), arguments, constants)
+    grid = (grouped.tile_count(p, tiles.BLOCK_M) * blocks(p.R, tiles.BLOCK_R), S)
+    return Launch(shrink_kernel, grid, arguments, constants)
 
 
 @triton.jit
@@ -71,6 +77,8 @@ def shrink_kernel(
     partial_ptr,  # [S, M, R] or None, where S = 1
     z_ptr,  # [M, R] or None
     h_ptr,  # [M, R] or None, where S > 1
+    order_ptr,  # [M] or None: the row of each position
+    tiles_ptr,  # [tiles, 3] or None, as where S > 1
     M,
     stride_xm,
     D: tl.constexpr,
@@ -88,21 +96,29 @@ def shrink_kernel(
     stride_xm = stride_xm // STRIDE_UNIT * STRIDE_UNIT
     # Blocks of R are neighbours in time, so that they share their rows of x in L2.
     R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
-    pid_m = (tl.program_id(0) // R_BLOCKS).to(tl.int64)
+    task, row, stop = tile(tl.program_id(0) // R_BLOCKS, M, BLOCK_M, tiles_ptr)
     pid_r = tl.program_id(0) % R_BLOCKS
     pid_s = tl.program_id(1)
-    row = pid_m * BLOCK_M
     offs_m = tl.arange(0, BLOCK_M)
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    mask_m = offs_m < M - row
+    base, rows_m, mask_m = rows(row, stop, offs_m, order_ptr)
     mask_r = offs_r < R
+    if tiles_ptr is not None:
+        if task < 0:
+            if task == -1:
+                if z_ptr is not None:
+                    pass_rows(None, 0, z_ptr + row * R, R, offs_r, 0, stop - row, None, BLOCK_M, BLOCK_R)
+            return
+        w_ptr += task * R * D
+        if b_ptr is not None:
+            b_ptr += task * R
 
     z = tl.zeros([BLOCK_M, BLOCK_R], dtype=ACC)
     for start_d in range(pid_s * SPLIT_D, (pid_s + 1) * SPLIT_D, BLOCK_D):
         offs_d = start_d + tl.arange(0, BLOCK_D)
         mask_d = offs_d < D
         x = tl.load(  # [BLOCK_M, BLOCK_D]
-            x_ptr + row * stride_xm + offs_m[:, None] * stride_xm + offs_d[None, :],
+            x_ptr + base * stride_xm + rows_m[:, None] * stride_xm + offs_d[None, :],
             mask=mask_m[:, None] & mask_d[None, :],
             other=0.0,
         )
@@ -207,8 +223,9 @@ def _expand(p: Problem, kernel: str, arguments: dict[str, Any], strides: tuple[i
         **dots(p),
         **vars(tiles),
     )
-    grid = (blocks(p.M, tiles.BLOCK_M) * blocks(p.D, tiles.BLOCK_D),)
-    return Launch(expand_kernel, grid, arguments | {"M": p.M}, constants)
+    grid = (grouped.tile_count(p, tiles.BLOCK_M) * blocks(p.D, tiles.BLOCK_D),)
+    arguments |= {"M": p.M, **grouped.index(p, tiles.BLOCK_M)}
+    return Launch(expand_kernel, grid, arguments, constants)
 
 
 @triton.jit
@@ -220,6 +237,8 @@ def expand_kernel(
     scale_ptr,  # [1] (SCALE_STRIDE 0), [D] (SCALE_STRIDE 1) or None
     residual_ptr,  # [M, D] or None
     y_ptr,  # [M, D]
+    order_ptr,  # [M] or None: the row of each position
+    tiles_ptr,  # [tiles, 3] or None
     M,
     stride_rm,
     D: tl.constexpr,
@@ -238,19 +257,28 @@ def expand_kernel(
     stride_rm = stride_rm // STRIDE_UNIT * STRIDE_UNIT
     # Blocks of D are neighbours in time, so that they share their rows of h in L2.
     D_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    pid_m = (tl.program_id(0) // D_BLOCKS).to(tl.int64)
+    task, row, stop = tile(tl.program_id(0) // D_BLOCKS, M, BLOCK_M, tiles_ptr)
     pid_d = tl.program_id(0) % D_BLOCKS
-    row = pid_m * BLOCK_M
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask_m = offs_m < M - row
+    base, rows_m, mask_m = rows(row, stop, offs_m, order_ptr)
     mask_d = offs_d < D
+    if tiles_ptr is not None:
+        if task < 0:
+            if task == -1:
+                pass_rows(residual_ptr, stride_rm, y_ptr, D, offs_d, row, stop, order_ptr, BLOCK_M, BLOCK_D)
+            return
+        w_ptr += task * D * R
+        if b_up_ptr is not None:
+            b_up_ptr += task * D
+        if scale_ptr is not None:
+            scale_ptr += task * (D if SCALE_STRIDE else 1)
     mask_md = mask_m[:, None] & mask_d[None, :]
 
     # Everything that waits for nothing is asked for first: with few rows, time is the latency of loads in a chain.
     if residual_ptr is not None:
         residual = tl.load(  # [BLOCK_M, BLOCK_D]
-            residual_ptr + row * stride_rm + offs_m[:, None] * stride_rm + offs_d[None, :], mask=mask_md, other=0.0
+            residual_ptr + base * stride_rm + rows_m[:, None] * stride_rm + offs_d[None, :], mask=mask_md, other=0.0
         )
     b_up = tl.load(b_up_ptr + offs_d, mask=mask_d, other=0.0) if b_up_ptr is not None else None
     s = tl.load(scale_ptr + offs_d * SCALE_STRIDE, mask=mask_d, other=0.0) if scale_ptr is not None else None
@@ -273,4 +301,4 @@ def expand_kernel(
     y = finish(y, b_up, scale, s, ACC)
     if residual_ptr is not None:
         y += residual.to(ACC)
-    tl.store(y_ptr + row * D + offs_m[:, None] * D + offs_d[None, :], y, mask=mask_md)
+    tl.store(y_ptr + base * D + rows_m[:, None] * D + offs_d[None, :], y, mask=mask_md)

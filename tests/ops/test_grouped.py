@@ -6,49 +6,15 @@ import pytest
 import torch
 import torch._dynamo.testing
 from helpers import assert_two_times_rule
+from helpers_grouped import NAMES, batch, loop, results
 from torch.utils.flop_counter import FlopCounterMode
 
-from adapter_ops import bottleneck_adapter, grouped_bottleneck_adapter, reference
+from adapter_ops import bottleneck_adapter, grouped_bottleneck_adapter
 from adapter_ops.grouped import formula, forward_op
 from adapter_ops.kernels.problem import Options, Weights
 
-NAMES = ("w_down", "b_down", "w_up", "b_up")
-
-
-def batch(M=37, T=5, D=12, R=4, dtype=torch.float64, scale=None, ids=None, **shapes):
-    """Arguments of a call, by name; task 1 has no rows unless ids are given."""
-    ids = torch.randint(-1, T, (M,)) if ids is None else torch.as_tensor(ids)
-    if len(ids) == 37:
-        ids[ids == 1] = 0
-    made = {"w_down": torch.randn(T, R, D), "b_down": torch.randn(T, R), "w_up": torch.randn(T, D, R)}
-    made |= {"b_up": torch.randn(T, D), "x": torch.randn(len(ids), D)}
-    if scale is not None:
-        made["scale"] = torch.rand(T, D) if scale == "channel" else torch.rand(T)
-    return {n: t.to(dtype) for n, t in made.items()} | {"task_ids": ids}
-
-
-def loop(x, task_ids, w_down, b_down, w_up, b_up, scale=1.0, residual=None, function=reference.bottleneck_adapter, **o):
-    """One row after the other."""
-    added_to = x if residual is None else residual
-    out = []
-    for m, t in enumerate(task_ids.tolist()):
-        row = slice(m, m + 1)
-        if t < 0:
-            out.append(added_to[row])
-            continue
-        own = [None if w is None else w[t] for w in (w_down, b_down, w_up, b_up)]
-        factor = scale[t] if isinstance(scale, torch.Tensor) else scale
-        y = function(x[row], *own, scale=factor, residual=None if residual is None else residual[row], **o)
-        out.append(y)
-    return torch.cat([t.to(max((o.dtype for o in out), key=lambda d: d.itemsize)) for t in out])
-
-
-def results(function, given, dy, **options):
-    inputs = {n: t.detach().clone().requires_grad_(t.is_floating_point()) for n, t in given.items()}
-    y = function(**inputs, **options)
-    wanted = [n for n, t in inputs.items() if t.requires_grad]
-    found = torch.autograd.grad(y, [inputs[n] for n in wanted], dy.to(y.dtype), materialize_grads=True)
-    return {"y": y.detach(), **dict(zip(wanted, found))}
+# The CPU path; tests/kernels/test_grouped_kernels.py has the kernels.
+pytestmark = pytest.mark.usefixtures("aten")
 
 
 @pytest.mark.parametrize("scale", [None, "task", "channel", 0.5])
@@ -257,7 +223,7 @@ def test_bad_input(others, error, message):
 
 def test_another_backend_may_be_required(monkeypatch):
     monkeypatch.setenv("ADAPTER_OPS_REQUIRE", "triton")
-    with pytest.raises(RuntimeError, match="but this call would take the backend 'cpu': tensors are on the CPU"):
+    with pytest.raises(RuntimeError, match="but this call would take the backend 'cpu': "):
         grouped_bottleneck_adapter(**changed())
     monkeypatch.setenv("ADAPTER_OPS_REQUIRE", "cpu")
     grouped_bottleneck_adapter(**changed())
@@ -283,7 +249,7 @@ def test_a_compiled_call_checks_its_ids_when_it_runs(ids):
 def test_a_compiled_call_takes_the_backend_that_is_required(monkeypatch):
     monkeypatch.setenv("ADAPTER_OPS_REQUIRE", "triton")
     torch._dynamo.reset()
-    with pytest.raises(RuntimeError, match="but this call would take the backend 'cpu': tensors are on the CPU"):
+    with pytest.raises(RuntimeError, match="but this call would take the backend 'cpu': "):
         torch.compile(grouped_bottleneck_adapter, fullgraph=True, backend="aot_eager")(**changed())
 
 
