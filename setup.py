@@ -5,13 +5,14 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 
-# bench/ and tests/ are in a checkout and in the sdist, and not in a wheel. This is what they need, but for timm, which
-# the Makefile installs into a folder of its own.
+# bench/, examples/ and tests/ are in a checkout and in the sdist, and not in a wheel. This is what examples/serve.py
+# needs, and what tests and benchmarks need, but for timm, which the Makefile installs into a folder of its own.
+serve = ["transformers>=5", "starlette", "uvicorn", "prometheus_client"]
 test = [
+    *serve,
     *("pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "setuptools", "ruff", "mypy", "basedpyright"),
     *(
         "numpy",
-        "transformers>=5",
         "accelerate",
         "matplotlib",
         "tqdm",
@@ -55,5 +56,5 @@ setup(
     # The oldest with which the tests were run, and all but three pass: Python 3.10, torch 2.10, Triton 3.6.
     # Package indexes have Triton for Linux alone. safetensors writes tensors of PyTorch only with its extra "torch".
     install_requires=["torch>=2.10", 'triton>=3.6; sys_platform == "linux"', "safetensors[torch]"],
-    extras_require={"hub": ["huggingface_hub"], "test": test},
+    extras_require={"hub": ["huggingface_hub"], "serve": serve, "test": test},
 )

@@ -215,5 +215,5 @@ def test_metadata(wheel):
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert required == ["torch>=2.10", 'triton>=3.6; sys_platform == "linux"', "safetensors[torch]"]
     assert metadata["Version"] == adapter_ops.__version__ and metadata["License-Expression"] == "Apache-2.0"
-    # bench/ and tests/ are not in the wheel, so no other extra is offered that a user might take for a part of it.
-    assert metadata.get_all("Provides-Extra") == ["hub", "test"]
+    # bench/ and tests/ are not in the wheel, so no extra is offered that a user might take for a part of it.
+    assert metadata.get_all("Provides-Extra") == ["hub", "serve", "test"]
