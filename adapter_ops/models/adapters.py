@@ -11,7 +11,7 @@ from .context import Selection
 from .families import SitePattern
 from .hooks import Bound, Frame, Generate, Root, Slot, Switch
 from .parameters import Task, key_of
-from .sites import Site
+from .sites import Site, find_models
 
 LOCK = threading.RLock()  # of every change to which tasks a model has
 
@@ -30,8 +30,8 @@ class Adapters(nn.Module):
         self.slots = {site.name: Slot(site, self.selection) for site in sites}
         self.switches: dict[str, Switch] = {}  # by path
         self.bound: list[Bound] = [Root(model, self.selection, self.check)]
-        if callable(getattr(model, "generate", None)):
-            self.bound.append(Generate(model, self.selection))
+        generating = {id(m): m for m in (model, *find_models(model).values()) if callable(getattr(m, "generate", None))}
+        self.bound += [Generate(module, self.selection) for module in generating.values()]
         self.handles = []
         frames: set[str] = set()
         hooked: dict[str, nn.Module] = {}

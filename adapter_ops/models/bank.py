@@ -92,7 +92,10 @@ class AdapterBank:
         if not timeout >= 0:
             raise ValueError(f"timeout is {timeout!r}, expected a number of seconds of at least 0")
         root_of(model)
-        self.model, self.capacity, self.bottleneck, self.timeout = model, capacity, bottleneck, timeout
+        self.model: nn.Module = model
+        self.capacity: int = capacity
+        self.bottleneck: int = bottleneck
+        self.timeout: float = timeout
         self._changed = threading.Condition()  # holds the lock of everything below
         self._storage: Storage | None = None
         self._sources: dict[str, _Folder | SavedTask] = {}

@@ -153,7 +153,12 @@ def _copies_at(
 
 
 def check_rows(switch: Switch) -> None:
-    """Raises ValueError for a normalisation of what all rows of a batch share."""
+    """Raises ValueError for a module of the base that rows cannot have their own of, or that has no values."""
+    if any(t.is_meta for t in state_of(switch.module).values()):
+        raise ValueError(
+            f"the module {switch.path!r} is on the meta device (offloaded, perhaps), and the rows of a batch that have "
+            "no task need its values: load it first, or call the model for each task with using_adapter"
+        )
     if hasattr(switch.above[0], "get_rel_embedding"):
         raise ValueError(
             f"the normalisation {switch.path!r} is of the relative positions, which all rows of a batch share, so "

@@ -336,10 +336,10 @@ class TaskBatch:
         for name, t in found.items():
             rows = t.shape[0] if t.dim() > 0 else 1
             if rows != self.count and rows != self.count * self.beams:
-                beams = f", which generate() makes {self.count * self.beams} rows of," if self.beams > 1 else ""
+                beams = f", of which generate() makes {self.count * self.beams} rows" if self.beams > 1 else ""
                 raise ValueError(
-                    f"{name} has a batch of {rows}, and using_adapters was given tasks for {self.count} examples{beams}"
-                    ": give one task, or None, for each example of the batch"
+                    f"{name} has a batch of {rows}, and tasks were given for {self.count} examples{beams}: give one "
+                    "task, or None, for each example of the batch"
                 )
         if self.refusal is not None and given.get("labels") is not None:
             raise ValueError(self.refusal)
