@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .adapters import LOCK, Adapters, adapters_of, find_adapters, root_of
-from .batches import check_task, numbers_of
+from .adapters import LOCK, adapters_of, find_adapters, root_of
+from .batches import check_task, names_of
 from .building import check_name, prepare
 from .checkpoint import SavedTask, read_task
 from .mixed import TaskBatch
@@ -164,7 +164,7 @@ class AdapterBank:
         """
         with self._changed:
             if name not in self._sources:
-                numbers_of(list(self._sources), [name], "the bank")  # raises ValueError
+                names_of(self._sources, [name], "the bank")  # raises ValueError
             del self._sources[name]
             self._places.pop(name, None)
             self._rows.pop(name, None)
@@ -203,8 +203,8 @@ class AdapterBank:
         Works as `using_adapters` does, also in `generate()`, and under torch.compile one compilation serves every mix
         of as many examples, whatever is loaded. Rows whose task is None run the base's own LayerNorms and head.
         """
-        known = self.names()
-        wanted = [None if number < 0 else known[number] for number in numbers_of(known, names, "the bank")]
+        with self._changed:
+            wanted = names_of(self._sources, names, "the bank")
         distinct = list(dict.fromkeys(name for name in wanted if name is not None))
         if len(distinct) > self.capacity:
             raise ValueError(
@@ -212,9 +212,13 @@ class AdapterBank:
                 "AdapterBank a larger capacity, or split the batch"
             )
         places = self._bring(distinct, wanted)
+        adapters = find_adapters(self.model)
         try:
-            with self._adapters().selection.choose(True, self._batch(wanted, places)):
+            if adapters is None:  # nothing was loaded yet, so there is the base alone
                 yield
+            else:
+                with adapters.selection.choose(True, self._batch(wanted, places)):
+                    yield
         finally:
             with self._changed:
                 for place in places.values():
@@ -234,9 +238,6 @@ class AdapterBank:
                 "loss for all rows: call the model without labels=, and compute the loss from the logits"
             )
         return TaskBatch(storage.layers, storage.copies, storage.like.heads, numbers, refusal=refusal)
-
-    def _adapters(self) -> Adapters:
-        return adapters_of(self.model)
 
     def _enter(self, name: str, source: _Folder | SavedTask) -> None:
         check_name(name)
@@ -284,8 +285,8 @@ class AdapterBank:
                         return self._pin(names, wanted)
                     if not self._changed.wait(max(0.0, end - time.monotonic())) and time.monotonic() >= end:
                         raise RuntimeError(
-                            f"{len(missing)} tasks need a place in the bank, and requests that run used all of the "
-                            f"{self.capacity} places for {self.timeout} seconds: give AdapterBank a larger capacity"
+                            f"the bank has no place for {', '.join(map(repr, missing))}: requests that run used all of "
+                            f"its {self.capacity} places for {self.timeout} seconds; give AdapterBank a larger capacity"
                         )
                     continue
             for name in missing:
@@ -306,8 +307,13 @@ class AdapterBank:
             check_bottlenecks(name, read[name].saved.task, self.bottleneck)
         if missing and self._storage is None:
             self._make_storage(read[missing[0]].saved)
-        for name in missing:
-            check_fits(name, read[name].saved.task, self._storage)  # type: ignore[arg-type]
+        try:
+            for name in missing:
+                check_fits(name, read[name].saved.task, self._storage)  # type: ignore[arg-type]
+        except ValueError:
+            if not self._loads:
+                self._storage = None  # which the first of these tasks has shaped
+            raise
         owned = set(self._places.values())
         free = [place for place in range(self.capacity) if place not in owned and not self._pins[place]]
         idle = [name for name, place in self._places.items() if not self._pins[place] and name not in names]

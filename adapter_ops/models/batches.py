@@ -1,7 +1,7 @@
 """The tasks of a batch's examples: which they are, and what is made of them to run together."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -16,30 +16,33 @@ from .sites import base_parameters
 from .stacks import BottleneckStack, Stack, state_of
 
 
-def numbers_of(known: Sequence[str], names: Any, where: str = "the model") -> list[int]:
-    """The number of each example's task in `known`, and −1 for the bare base.
+def names_of(known: Collection[str], names: Any, where: str = "the model") -> list[str | None]:
+    """The name of each example's task, or None for the bare base.
 
     Args:
-        known: the tasks that there are.
-        names: a sequence of names, with None for the base; or numbers [examples] as a tensor of integers.
+        known: the tasks that there are, in their order.
+        names: a sequence of names, with None for the base; or numbers in `known` as a tensor of integers [examples],
+            with -1 for the base.
         where: what has the tasks, for errors.
 
     Raises:
         TypeError: neither of the two.
         ValueError: an unknown name, or a number out of range, or no example at all.
     """
+    found: list[str | None]
     if isinstance(names, Tensor):
         if names.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8) or names.dim() != 1:
             raise TypeError(
                 f"the tasks of a batch are a tensor of dtype {names.dtype} and shape {tuple(names.shape)}, expected "
                 "integers [examples]"
             )
-        found = [int(number) for number in names.tolist()]
-        if wrong := sorted({number for number in found if not -1 <= number < len(known)}):
+        numbers, order = names.tolist(), list(known)
+        if wrong := sorted({number for number in numbers if not -1 <= number < len(order)}):
             raise ValueError(
-                f"the tasks of a batch have the numbers {wrong}, expected -1, for the bare base, to {len(known) - 1}: "
-                f"{where} has {len(known)} adapters"
+                f"the tasks of a batch have the numbers {wrong}, expected -1, for the bare base, to {len(order) - 1}: "
+                f"{where} has {len(order)} adapters"
             )
+        found = [None if number < 0 else order[number] for number in numbers]
     elif isinstance(names, str) or not isinstance(names, Sequence):
         raise TypeError(
             f"the tasks of a batch are {names!r}, expected a sequence with the name of a task, or None, for each "
@@ -48,14 +51,14 @@ def numbers_of(known: Sequence[str], names: Any, where: str = "the model") -> li
     else:
         if wrong := [name for name in names if name is not None and not isinstance(name, str)]:
             raise TypeError(f"the tasks of a batch hold {wrong[0]!r}, expected names of tasks, and None for the base")
-        order = {name: number for number, name in enumerate(known)}
-        if unknown := [name for name in dict.fromkeys(names) if name is not None and name not in order]:
-            some = ", ".join(known[:40]) + (f" and {len(known) - 40} others" if len(known) > 40 else "")
+        if unknown := [name for name in dict.fromkeys(names) if name is not None and name not in known]:
+            order = list(known)
+            some = ", ".join(order[:40]) + (f" and {len(order) - 40} others" if len(order) > 40 else "")
             raise ValueError(
                 f"{where} has no adapter{'s' if len(unknown) > 1 else ''} {', '.join(map(repr, unknown))}; it has: "
                 f"{some or 'none'}"
             )
-        found = [-1 if name is None else order[name] for name in names]
+        found = list(names)
     if not found:
         raise ValueError("the tasks of a batch are empty, expected the task of at least one example")
     return found
@@ -72,7 +75,7 @@ def batch_of(adapters: Adapters, tasks: Sequence[Task | None]) -> TaskBatch:
     numbers = [-1 if task is None else number[task] for task in tasks]
     for task in distinct:
         check_task(adapters, task)
-    trained = any(p.requires_grad for task in distinct for p in task.parameters())
+    trained = any(p.requires_grad for task in distinct for p in task.own_parameters())
     # In a process that compiles, every mix of as many examples has stacks of as many entries, so that one compilation
     # serves all of them.
     entries: int | None = min(len(tasks), len(adapters.tasks)) if "torch._dynamo" in sys.modules else 0
@@ -82,7 +85,7 @@ def batch_of(adapters: Adapters, tasks: Sequence[Task | None]) -> TaskBatch:
     for site in adapters.sites:
         here = {i: task.layer_at[site.name] for i, task in enumerate(distinct) if site.name in task.layer_at}
         if here:
-            layers[site.name] = layers_at(here, len(distinct), entries)
+            layers[site.name] = _layers_at(here, len(distinct), trained, entries)
     copies: dict[str, GroupedHead] = {}
     heads = tuple(dict.fromkeys(path for task in distinct for path in task.heads))
     unequal = None
@@ -91,7 +94,7 @@ def batch_of(adapters: Adapters, tasks: Sequence[Task | None]) -> TaskBatch:
         entry_of = [list(own).index(i) if i in own else -1 for i in range(len(distinct))]
         compared = [*own.values(), *([adapters.switches[path].module] if any(i not in own for i in numbers) else [])]
         equal = all(same_structure(module, compared[0]) for module in compared)
-        copies[path] = _copies_at(adapters, path, list(own.values()), entry_of, equal, entries, path in heads)
+        copies[path] = _copies_at(adapters, path, list(own.values()), entry_of, equal, trained, entries, path in heads)
         unequal = unequal or (None if equal else path)
     refusal = unequal and (
         f"the tasks of this batch have heads {unequal!r} of different sizes, and the model computes one loss for all "
@@ -100,9 +103,9 @@ def batch_of(adapters: Adapters, tasks: Sequence[Task | None]) -> TaskBatch:
     return TaskBatch(layers, copies, heads, numbers, refusal=refusal)
 
 
-def layers_at(here: dict[int, AdapterLayer], count: int, entries: int | None) -> list[GroupedLayer]:
-    """The adapters of `count` tasks at one site, by number of the task: one GroupedLayer for each kind. `entries`: see
-    `Stack`."""
+def _layers_at(here: dict[int, AdapterLayer], count: int, trains: bool, entries: int | None) -> list[GroupedLayer]:
+    """The adapters of `count` tasks at one site, by number of the task: one GroupedLayer for each kind. `trains` and
+    `entries`: see `Stack`."""
     kinds: dict[Any, list[int]] = {}
     for i, layer in here.items():
         kinds.setdefault(kind_of(layer), []).append(i)
@@ -111,12 +114,12 @@ def layers_at(here: dict[int, AdapterLayer], count: int, entries: int | None) ->
         own = [here[i] for i in members]
         entry_of = [members.index(i) if i in members else -1 for i in range(count)]
         stacks = [
-            BottleneckStack([layer.bottlenecks[d] for layer in own], entries)  # type: ignore[misc]
+            BottleneckStack([layer.bottlenecks[d] for layer in own], trains, entries)  # type: ignore[misc]
             for d in range(len(own[0].bottlenecks))
         ]
         norms = [layer.norm for layer in own if layer.norm is not None]
         device = own[0].bottlenecks[0].down.weight.device  # type: ignore[union-attr]
-        groups.append(GroupedLayer(own[0], stacks, Stack(norms, entries) if norms else None, entry_of, device))  # type: ignore[arg-type]
+        groups.append(GroupedLayer(own[0], stacks, Stack(norms, trains, entries) if norms else None, entry_of, device))  # type: ignore[arg-type]
     return groups
 
 
@@ -136,6 +139,7 @@ def _copies_at(
     modules: list[nn.Module],
     entry_of: list[int],
     equal: bool,
+    trains: bool,
     entries: int | None,
     is_head: bool,
 ) -> GroupedHead:
@@ -147,18 +151,19 @@ def _copies_at(
     if equal and (small if is_head else all(norm_by_rows(module) for module in modules)):
         # Where the base's differs in size no row takes it, and an entry in its place keeps the number of entries.
         last = switch.module if same_structure(switch.module, first) else first
-        stack = Stack([*modules, last], entries and entries + 1)
+        stack = Stack([*modules, last], trains, entries and entries + 1)
     device = device_of(first, adapters)
     return (GroupedHead if is_head else GroupedNorm)(modules, switch.base, first, stack, entry_of, device)
 
 
 def check_rows(switch: Switch) -> None:
     """Raises ValueError for a module of the base that rows cannot have their own of, or that has no values."""
-    if any(t.is_meta for t in state_of(switch.module).values()):
-        raise ValueError(
-            f"the module {switch.path!r} is on the meta device (offloaded, perhaps), and the rows of a batch that have "
-            "no task need its values: load it first, or call the model for each task with using_adapter"
-        )
+    for t in state_of(switch.module).values():
+        if t.is_meta or hasattr(t, "full_tensor"):
+            raise ValueError(
+                f"the module {switch.path!r} is {_lacks(t)}, and the rows of a batch that have no task need the whole "
+                "of it: use a model that is neither sharded nor offloaded, or call it for each task with using_adapter"
+            )
     if hasattr(switch.above[0], "get_rel_embedding"):
         raise ValueError(
             f"the normalisation {switch.path!r} is of the relative positions, which all rows of a batch share, so "
@@ -185,11 +190,15 @@ def check_task(adapters: Adapters, task: Task) -> None:
     for layer in task.layer_at.values():
         if layer.norm is not None and isinstance(layer.norm, nn.BatchNorm1d) and layer.norm.training:
             raise ValueError(f"the task {adapters.name_of(task)!r}: {ROWS_MIXED}")
-    for name, p in task.named_parameters():
-        if hasattr(p, "full_tensor") or p.is_meta:
-            what = "sharded" if hasattr(p, "full_tensor") else "on the meta device (offloaded, perhaps)"
+    if any(p.is_meta or hasattr(p, "full_tensor") for p in task.own_parameters()):
+        lacking = [(n, p) for n, p in task.named_parameters() if p.is_meta or hasattr(p, "full_tensor")]
+        for name, p in lacking[:1]:
             raise ValueError(
-                f"{name!r} of the task {adapters.name_of(task)!r} is {what}, and a batch of several tasks needs the "
-                "whole of it: use a model that is neither sharded nor offloaded, or call it for each task with "
+                f"{name!r} of the task {adapters.name_of(task)!r} is {_lacks(p)}, and a batch of several tasks needs "
+                "the whole of it: use a model that is neither sharded nor offloaded, or call it for each task with "
                 "using_adapter"
             )
+
+
+def _lacks(t: Tensor) -> str:
+    return "sharded" if hasattr(t, "full_tensor") else "on the meta device (offloaded, perhaps)"

@@ -35,7 +35,7 @@ class GroupedLayer(Grouped):
         like: AdapterLayer,
         bottlenecks: Sequence[Any],
         norm: Stack | None,
-        entry_of: Sequence[int],
+        entry_of: Sequence[int] | None,
         device: torch.device,
     ) -> None:
         super().__init__(entry_of, -1, device)
@@ -122,7 +122,7 @@ class GroupedHead(Grouped):
         base: Callable[..., Any],
         like: nn.Module,
         stack: Stack | None,
-        entry_of: Sequence[int],
+        entry_of: Sequence[int] | None,
         device: torch.device,
         state: Callable[[int], dict[str, Tensor]] | None = None,
         base_fits: bool = True,

@@ -2,7 +2,7 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -73,6 +73,10 @@ class Task(nn.Module):
     def requires_grad_(self, requires_grad: bool = True) -> "Task":
         self._trained = requires_grad
         return super().requires_grad_(requires_grad)
+
+    def own_parameters(self) -> Iterator[nn.Parameter]:
+        """What `parameters()` gives, without a walk over the modules."""
+        return (p for parameters in self._holders for p in parameters.values() if p is not None)
 
     def freeze(self) -> None:
         """What `requires_grad_(False)` does, without a walk over the modules.

@@ -66,13 +66,13 @@ class Stack:
 
     Args:
         modules: the modules. Their last one may be the base's, for rows without a task.
+        trains: whether they may train, or others of the same batch.
         entries: None, or to stack them now, with zeros up to so many entries: a compiled model is compiled again for
             another number of them.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], entries: int | None) -> None:
-        self.modules = list(modules)
-        self.trains = any(p.requires_grad for module in modules for p in module.parameters())
+    def __init__(self, modules: Sequence[nn.Module], trains: bool, entries: int | None) -> None:
+        self.modules, self.trains = list(modules), trains
         self.kept: Any = None
         if entries is not None:
             with torch.inference_mode(False), torch.no_grad():
@@ -91,6 +91,8 @@ class Stack:
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers."""
+    if not module._modules:  # as nearly all are, and named_parameters takes long
+        return {n: t for own in (module._parameters, module._buffers) for n, t in own.items() if t is not None}
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
@@ -108,12 +110,12 @@ class BottleneckStack(Stack):
 
     modules: list[BottleneckAdapter]  # type: ignore[assignment]
 
-    def __init__(self, modules: Sequence[BottleneckAdapter], entries: int | None) -> None:
+    def __init__(self, modules: Sequence[BottleneckAdapter], trains: bool, entries: int | None) -> None:
         scales = [module.scale for module in modules]
         numbers = {scale for scale in scales if not isinstance(scale, Tensor)}
         self.number = numbers.pop() if len(numbers) == 1 and not any(isinstance(s, Tensor) for s in scales) else 1.0
         self.has_scale = any(isinstance(scale, Tensor) for scale in scales) or len(numbers) > 0
-        super().__init__(modules, entries)
+        super().__init__(modules, trains, entries)
 
     def fresh(self) -> dict[str, Tensor]:
         parts = [weights_of(module) for module in self.modules]
@@ -163,15 +165,17 @@ class Grouped:
     """What stands for several modules of tasks where a model calls one.
 
     Args:
-        entry_of: for each task of the batch, in their order, its entry in the stack; −1 for none.
+        entry_of: for each task of the batch, in their order, its entry in the stack; −1 for none. None is for tasks
+            whose numbers are the entries.
         without: the entry of rows whose task has none, and of rows without a task.
         device: where the rows' entries have to be.
     """
 
     rows: Rows
 
-    def __init__(self, entry_of: Sequence[int], without: int, device: torch.device) -> None:
-        self.entry_of, self.without, self.device = tuple(entry_of), without, device
+    def __init__(self, entry_of: Sequence[int] | None, without: int, device: torch.device) -> None:
+        self.entry_of = None if entry_of is None else tuple(entry_of)
+        self.without, self.device = without, device
 
     def on(self, tasks: Sequence[int], beams: int, made: dict[Any, Rows]) -> Any:
         """The same for a batch of examples whose tasks have these numbers, −1 for the bare base.
@@ -180,7 +184,8 @@ class Grouped:
         """
         key = (self.entry_of, self.without, self.device)
         if key not in made:
-            entries = [self.entry_of[task] if task >= 0 else -1 for task in tasks]
+            own = self.entry_of
+            entries = list(tasks) if own is None else [own[task] if task >= 0 else -1 for task in tasks]
             made[key] = Rows([self.without if e < 0 else e for e in entries], self.device, beams)
         found = copy.copy(self)
         found.rows = made[key]

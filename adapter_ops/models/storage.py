@@ -33,7 +33,6 @@ class Storage:
         self.like = copy.deepcopy(first).to("meta").requires_grad_(False).eval()
         self.capacity, self.bottleneck = capacity, bottleneck
         self.base_fits = True  # whether the base has heads of the tasks' sizes
-        places = range(capacity)
         with torch.inference_mode(False), torch.no_grad():
             self.layers = {
                 site: (self._layer(layer, first.layer_at[site]),) for site, layer in self.like.layer_at.items()
@@ -53,7 +52,7 @@ class Storage:
                 kept = Kept(stacks) if is_head or norm_by_rows(first.copy_at[path]) else None
                 device, calls = device_of(first.copy_at[path], adapters), [None] * capacity
                 kind = GroupedHead if is_head else GroupedNorm
-                self.copies[path] = kind(calls, switch.base, like, kept, places, device, _Entries(stacks), fits)
+                self.copies[path] = kind(calls, switch.base, like, kept, None, device, _Entries(stacks), fits)
 
     def _layer(self, like: AdapterLayer, first: AdapterLayer) -> GroupedLayer:
         C, R = self.capacity, self.bottleneck
@@ -73,7 +72,7 @@ class Storage:
         norm = None
         if first.norm is not None:
             norm = Kept({n: p.new_zeros(C, *p.shape) for n, p in state_of(first.norm).items()})
-        return GroupedLayer(like, stacks, norm, range(C), first.bottlenecks[0].down.weight.device)  # type: ignore[union-attr,arg-type]
+        return GroupedLayer(like, stacks, norm, None, first.bottlenecks[0].down.weight.device)  # type: ignore[union-attr,arg-type]
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..wrappers import is_data_parallel, unwrap
 from .adapters import LOCK, Adapters, adapters_of, find_adapters, root_of
-from .batches import batch_of, numbers_of
+from .batches import batch_of, names_of
 from .building import attach, build, check_new, plan, preset
 from .config import AdapterConfig, Preset
 from .families import SitePattern
@@ -143,12 +143,12 @@ def using_adapters(model: nn.Module, names: Sequence[str | None] | Tensor) -> It
     ...     logits = model(**batch).logits  # of three examples
     """
     adapters = adapters_of(model)
-    known = adapters.names
-    numbers = numbers_of(known, names)
-    tasks = {number: adapters.task(known[number]) for number in set(numbers) - {-1}}
-    for number, task in tasks.items():
-        rebind(adapters, task, known[number])
-    with adapters.selection.choose(True, batch_of(adapters, [tasks.get(number) for number in numbers])):
+    wanted = names_of(dict.fromkeys(adapters.names), names)
+    tasks = {name: adapters.task(name) for name in dict.fromkeys(wanted) if name is not None}
+    for name, task in tasks.items():
+        rebind(adapters, task, name)
+    batch = batch_of(adapters, [None if name is None else tasks[name] for name in wanted])
+    with adapters.selection.choose(True, batch):
         yield
 
 
