@@ -19,7 +19,7 @@ from .calls import KernelCalls
 from .functional import DTYPES, finite_scale
 from .kernels.activations import find_activation
 from .kernels.problem import Needs, Options, Weights
-from .ops import OPTIONS_SCHEMA, WEIGHTS_SCHEMA, backward_products, op_calls, product_flops, tell_traced
+from .ops import OPTIONS_SCHEMA, WEIGHTS_SCHEMA, backward_products, op_calls, product_flops, tell, tell_traced
 
 _CPU = Backend("cpu", "tensors are on the CPU: rows are sorted by task, and oneDNN and ATen add in place")
 
@@ -91,6 +91,7 @@ def grouped_bottleneck_adapter(
     found = obstacle(x, ids, residual, *weights)
     if found is not None:
         require(found)
+        tell(found, x, w_down, options.dtype)
     elif _has_implementation(x, residual, weights, options):
         return forward_op(x, ids, residual, *weights, *options, torch.is_grad_enabled())[0]
     _check_range("task_ids", ids, -1, len(w_down) - 1)

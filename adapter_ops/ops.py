@@ -100,7 +100,7 @@ def adapter(
         shaped = rows(x), None if residual is None else rows(residual)
         found = backend.choose(*shaped, weights, options, tuning)
     require(found)
-    _tell(found, x, weights.w_down, options.dtype)
+    tell(found, x, weights.w_down, options.dtype)
     run = _run(found, x, options, tuning)
     if ordinary_call and tuning is UNTUNED:
         given = scale if weights.scale is None else weights.scale
@@ -109,7 +109,7 @@ def adapter(
     return run(x, residual, *weights)
 
 
-def _tell(found: Backend, x: Tensor, w_down: Tensor, dtype: torch.dtype) -> None:
+def tell(found: Backend, x: Tensor, w_down: Tensor, dtype: torch.dtype) -> None:
     """Logs which backend runs adapters of these sizes, and why: once, and as a warning where a GPU's kernels do not.
 
     Only calls of a new kind come here. While a call is traced nothing runs yet, and its sizes may be no numbers.
@@ -127,7 +127,7 @@ def _tell(found: Backend, x: Tensor, w_down: Tensor, dtype: torch.dtype) -> None
 
 
 def tell_traced(device: torch.device, dtype: torch.dtype) -> None:
-    """`_tell` of a call that torch.compile traces, whose sizes may be symbols."""
+    """`tell` of a call that torch.compile traces, whose sizes may be symbols."""
     reason = "no kernel was measured to be faster at its sizes"
     text = f"torch.compile takes PyTorch's own operations for an adapter in {dtype} on {device}: {reason}"
     _log_once(logging.WARNING, (device, dtype, "compiled"), text)
@@ -305,7 +305,7 @@ def op_calls(x: Tensor, residual: Tensor | None, weights: Weights, options: Opti
         shaped = rows(x), None if residual is None else rows(residual)
         found = backend.choose(*shaped, weights, options)
         require(found)
-        _tell(found, x, weights.w_down, options.dtype)
+        tell(found, x, weights.w_down, options.dtype)
         known_calls = _calls(found, x, options), found.name
         OP_CALLS.keep(settings, tensors, known_calls)
     return known_calls[0]

@@ -41,7 +41,9 @@ def ends(p: Problem, side: int) -> str | None:
 
 def tables(p: Problem, *sides: int) -> tuple[list[Launch], dict[str, Memory]]:
     """A launch for each size of tiles, and the scratch tensors that they write; nothing where there are no tasks."""
-    launches, scratch, BLOCK_N = [], {}, 64
+    launches: list[Launch] = []
+    scratch: dict[str, Memory] = {}
+    BLOCK_N = 64
     for side in dict.fromkeys(sides if p.tasks else ()):
         N = tile_count(p, side)
         arguments = {

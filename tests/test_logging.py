@@ -96,7 +96,7 @@ def test_a_repeated_call_does_not_come_near_it(logged, aten, monkeypatch):
     def fail(*arguments):
         raise AssertionError("logging is on the way of a repeated call")
 
-    monkeypatch.setattr(ops, "_tell", fail)
+    monkeypatch.setattr(ops, "tell", fail)
     adapter(x)
     copy.deepcopy(adapter)(x)
     with pytest.raises(AssertionError, match="logging is on the way"):
