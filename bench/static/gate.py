@@ -43,7 +43,11 @@ TOKENS = (65536, 4096, 16)  # configs choose other kernels for fewer tokens
 # wgmma and tcgen05 take 64 rows or more. A kernel that only runs for fewer tokens may use any generation.
 FEW = 64
 
-KERNELS = ("fused", "resident", "shrink", "combine", "expand", "dz", "dx_dw", "reduce")
+KERNELS = ("fused", "resident", "shrink", "combine", "expand", "dz", "dx_dw", "reduce", "table")
+
+# Sizes (D, R) whose kernels are also compiled for rows of TASKS tasks: a handful, as they differ in how rows are found.
+GROUPED = ((768, 8), (768, 24), (768, 64), (768, 128), (768, 256), (1024, 48), (2048, 32), (4096, 64), (8192, 64))
+TASKS = 64
 
 # What `make static` goes through.
 HIDDEN = (384, 512, 768, 1024, 1280, 2048, 4096, 5120, 8192)
@@ -53,7 +57,8 @@ ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel of a cell, compiled for `arch`; M is the first of TOKENS that it was compiled for.
+    """One kernel of a cell, compiled for `arch`; M is the first of TOKENS that it was compiled for, and T counts the
+    tasks of its rows, 0 where all rows are one adapter's.
 
     `code` is None if there is nothing to compile, or if compiling failed. `resident`: programs a multiprocessor holds.
     `activations`: of x, dy, dx, y and the residual, the narrowest access in bytes, by name of the argument.
@@ -69,6 +74,7 @@ class Row:
     resident: int = 0
     activations: dict[str, int] = field(default_factory=dict)
     failures: tuple[str, ...] = ()
+    T: int = 0
 
 
 class _Driver:
@@ -112,10 +118,11 @@ def compiled(launch: Launch, tensors: dict[str, Tensor]) -> Any:
 def meta_tensors(plan: Plan) -> dict[str, Tensor]:
     """Tensors without memory for all names in a plan."""
     p = plan.problem
-    M, D, R, dtype = p.M, p.D, p.R, p.parameter_dtype
+    M, D, R, dtype, each = p.M, p.D, p.R, p.parameter_dtype, p.each
     memory = {n: (m.shape, m.dtype) for n, m in (plan.outputs | plan.scratch).items() if m is not None}
-    memory |= {"w_down": ((R, D), dtype), "b_down": ((R,), dtype), "w_up": ((D, R), dtype), "b_up": ((D,), dtype)}
-    memory |= {"z": ((M, R), p.dtype), "scale": ((p.scale_size,), dtype)}
+    parameters = {"w_down": (R, D), "b_down": (R,), "w_up": (D, R), "b_up": (D,), "scale": (p.scale_size,)}
+    memory |= {name: ((*each, *shape), dtype) for name, shape in parameters.items()}
+    memory |= {"z": ((M, R), p.dtype), "order": ((M,), torch.int64), "counts": ((p.tasks + 1,), torch.int64)}
     tensors = {name: torch.empty(shape, dtype=of, device="meta") for name, (shape, of) in memory.items()}
     for name, rows in (("x", p.x), ("residual", p.residual), ("dy", p.dy)):
         if rows:
@@ -131,6 +138,7 @@ def step(
     target: Target,
     tuning: Tuning = UNTUNED,
     stride: int | None = None,
+    tasks: int = 0,
 ) -> list[Plan]:
     """The plans of a training step, and of forward with a residual of its own, which rules one form out.
 
@@ -140,7 +148,7 @@ def step(
     common: dict[str, Any] = dict(
         M=M, D=D, R=R, x=rows, parameter_dtype=dtypes[1], b_down=True, b_up=True, activation="gelu", scale=1.0
     )
-    common |= dict(scale_size=0, dtype=dtypes[2], tf32=False, aligned=True, target=target, tuning=tuning)
+    common |= dict(scale_size=0, dtype=dtypes[2], tf32=False, aligned=True, target=target, tuning=tuning, tasks=tasks)
     needs = Needs(True, True, True, True, True, False)
     return [
         forward.plan(Problem(**common, residual=rows, save_z=True)),
@@ -173,6 +181,7 @@ def compile_all(
     """Every kernel of a training step of TOKENS rows at its default config; `dtype` of DTYPES, `arch` of CARDS.
 
     x has `dtype`; so have the parameters and the products unless told otherwise. Kernels that TOKENS share come once.
+    For the sizes of GROUPED there are also those of rows of several tasks.
     Raises RuntimeError under TRITON_INTERPRET.
 
     Args:
@@ -184,8 +193,8 @@ def compile_all(
         raise RuntimeError("TRITON_INTERPRET is set: there is nothing to compile")
     x, parameters, products = (DTYPES[name or dtype] for name in (dtype, parameter_dtype, compute_dtype))
     card, rows = CARDS[arch], dict[str, Row]()
-    for M in TOKENS:
-        for plan in step(M, D, R, (x, parameters, products), card.aim, tuning, stride):
+    for T, M in itertools.product((0, TASKS) if (D, R) in GROUPED else (0,), TOKENS):
+        for plan in step(M, D, R, (x, parameters, products), card.aim, tuning, stride, T):
             tensors = meta_tensors(plan)
             for launch in plan.launches:
                 if kernels and launch.kernel.__name__ not in kernels:
@@ -193,9 +202,9 @@ def compile_all(
                 with compiling(card):
                     binary = compiled(launch, tensors)
                 name, sizes = launch.kernel.__name__, element_sizes(launch, tensors)
-                row = functools.partial(Row, arch, dtype, D, R, M, name)
+                row = functools.partial(Row, arch, dtype, D, R, M, name, T=T)
                 if isinstance(binary, Exception):
-                    rows[f"{name} {M}"] = row(failures=(f"does not compile: {binary!r:.200}",))
+                    rows[f"{name} {T} {M}"] = row(failures=(f"does not compile: {binary!r:.200}",))
                 elif binary.hash not in rows:
                     code = read(binary)
                     text = binary.asm.get("ttir", binary.asm["ttgir"])  # Gluon starts from the latter
@@ -239,12 +248,12 @@ def drawn(count: int, seed: int, dtypes: list[str], archs: list[str]) -> list[tu
     return found
 
 
-HEADS = dict(arch=6, dtype=5, D=5, R=4, M=5, kernel=15, regs=5, spilled=8, shared=14, resident=9)
+HEADS = dict(arch=6, dtype=5, D=5, R=4, M=5, T=2, kernel=15, regs=5, spilled=8, shared=14, resident=9)
 
 
 def line(row: Row) -> str:
     """One row of the table."""
-    cells: list[Any] = [row.arch, row.dtype, row.D, row.R, row.M, row.kernel]
+    cells: list[Any] = [row.arch, row.dtype, row.D, row.R, row.M, row.T or "", row.kernel]
     tail = ""
     if row.code:
         limit = CARDS[row.arch].shared_limit
