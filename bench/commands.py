@@ -12,6 +12,10 @@ COMMANDS = {  # the module whose `main` it is, and what it does
     "traffic": ("bench.static.traffic", "count the bytes that every kernel moves, in Triton's interpreter"),
     "tune": ("bench.static.tune", "search launch configs on the GPU that is here"),
     "host": ("bench.host.command", "time or count what a call takes on the host, without a GPU"),
+    "serve": (
+        "bench.serve.command",
+        "ask examples/serve.py for 40 tasks at once, beside the ways to serve them without it",
+    ),
     "paper": ("bench.paper.command", "run the studies of Houlsby et al. (2019)"),
     "demo": ("bench.demo", "show which backend runs, how fast it is, and a model fine-tuned with adapters"),
 }

@@ -80,6 +80,7 @@ class Tasks:
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
         positions = getattr(self.model.config, "max_position_embeddings", None) or 512
         self.length = min(self.tokenizer.model_max_length, positions)
+        self.padding = 64 if self.device.type == "cpu" else 4096  # tokens that cost about as much as another call
         self.capacity, self.bottleneck, self.banks = capacity, bottleneck, dict[int, AdapterBank]()
         self.folder, self.known, self.number = folder.resolve(), dict[str, Task](), count()
 
@@ -151,15 +152,14 @@ class Tasks:
 
     def calls(self, texts: Sequence[Text], lengths: Sequence[int]) -> Iterator[list[int]]:
         """The texts by number, in calls of the model: of one bank, no more tasks than it holds, and similar lengths."""
-        keys: dict[AdapterBank, list[str]] = {}
-        for text in texts:
-            mine = keys.setdefault(text.task.bank, [])
-            if text.task.key not in mine:
-                mine.append(text.task.key)
+        tasks, seen = [text.task for text in texts], dict[AdapterBank, dict[str, int]]()
+        for task in tasks:
+            seen.setdefault(task.bank, {}).setdefault(task.key, len(seen[task.bank]))
+        groups = [(id(task.bank), seen[task.bank][task.key] // self.capacity) for task in tasks]
         part = list[int]()
-        groups = [(id(t.task.bank), keys[t.task.bank].index(t.task.key) // self.capacity) for t in texts]
         for i in sorted(range(len(texts)), key=lambda i: (groups[i], lengths[i])):
-            if part and (groups[i] != groups[part[0]] or lengths[i] > 2 * lengths[part[0]] + 16):
+            padding = sum(lengths[i] - lengths[j] for j in part)
+            if part and (groups[i] != groups[part[0]] or padding > self.padding):
                 yield part
                 part = []
             part.append(i)
@@ -212,8 +212,8 @@ class Service:
         self.worker = asyncio.create_task(self.work())
         yield
         self.worker.cancel()
-        self.model_thread.shutdown()
-        self.load_thread.shutdown()
+        for thread in (self.model_thread, self.load_thread):
+            thread.shutdown()
 
     async def work(self) -> None:
         """Takes a batch from the queue when it is full, or when its oldest text has waited for long enough."""
@@ -279,8 +279,8 @@ class Service:
             raise HTTPException(422, "the body is JSON, but no object")
         for field, kind in kinds.items():
             if not isinstance(given.get(field), (kind, type(None))):
-                expected = "a string" if kind is str else "a list"
-                raise HTTPException(422, f"{field!r} is {short(given[field])}, expected {expected}")
+                wanted = "string" if kind is str else "list"
+                raise HTTPException(422, f"{field!r} is {short(given[field])}, expected a {wanted}")
         return [given.get(field) for field in kinds]
 
     async def predict(self, request: Request) -> Response:
@@ -386,11 +386,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def serve(app: Starlette, options: argparse.Namespace) -> None:
     """Runs until SIGTERM or SIGINT, and returns when every request is answered."""
-    limit = math.ceil(options.timeout) + 5
-    config = uvicorn.Config(
-        app, options.host, options.port, access_log=False, timeout_graceful_shutdown=limit, lifespan="on"
-    )
-    server = uvicorn.Server(config)
+    limit: Any = {"timeout_graceful_shutdown": math.ceil(options.timeout) + 5}
+    server = uvicorn.Server(uvicorn.Config(app, options.host, options.port, access_log=False, lifespan="on", **limit))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.handle_exit)  # uvicorn raises the signal again at its end, which would end us
     server.run()

@@ -43,6 +43,14 @@ WRONG = {
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here"),
         ),
     ],
+    "serve": [
+        ("--tasks 1", "argument --tasks: expected a whole number from 2, found '1'"),
+        ("--modes everything", "argument --modes: unknown mode 'everything'; known: models, switch, service"),
+        ("--popularity odd", "argument --popularity: unknown popularity 'odd'; known: even, zipf"),
+        ("--soak 0", "argument --soak: expected a number above 0, found '0'"),
+        ("--out {}", "argument --out: expected a file to write, found the folder"),
+        ("--model {}/nowhere", "nowhere' cannot be loaded"),
+    ],
     "demo": [
         ("--epochs 0", "argument --epochs: expected a whole number from 1, found '0'"),
         ("--bottleneck -3", "argument --bottleneck: expected a whole number from 1, found '-3'"),
