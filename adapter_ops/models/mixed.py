@@ -78,7 +78,7 @@ class GroupedLayer(Grouped):
         norm: Any = self.like.norm
         t = {name: of_rows(p[ids], x) for name, p in self.norm.tensors().items()}  # −1 takes the last one, to no effect
         if not isinstance(norm, TokenBatchNorm):
-            return _scaled(nn.functional.layer_norm(x, norm.normalized_shape, None, None, norm.eps), t)
+            return _normed(nn.functional.layer_norm, x, (norm.normalized_shape, None, None, norm.eps), t)
         if norm.training:
             raise RuntimeError(ROWS_MIXED)
         normed = (x - t["running_mean"]) * (t["running_var"] + norm.eps).rsqrt()
@@ -91,13 +91,16 @@ ROWS_MIXED = (
 )
 
 
-def _scaled(normed: Tensor, t: Mapping[str, Tensor]) -> Tensor:
-    """normed · weight + bias in fp32 at least, with one rounding, in the dtype of `normed`."""
-    wide = torch.promote_types(normed.dtype, torch.float32)
-    y = normed.to(wide)
-    y = y * t["weight"] if t.get("weight") is not None else y
-    y = y + t["bias"] if t.get("bias") is not None else y
-    return y.to(normed.dtype)
+def _normed(function: Callable[..., Tensor], x: Tensor, options: tuple[Any, ...], t: Mapping[str, Tensor]) -> Tensor:
+    """function(x) · weight + bias, in fp32 at least and rounded once, as PyTorch's own normalisations are."""
+    dtype, y = x.dtype, x
+    if dtype in (torch.float16, torch.bfloat16):
+        dtype = function(x[:0], *options).dtype  # under autocast it may be fp32
+        y = x.float()
+    y = function(y, *options)
+    y = y * t["weight"] if "weight" in t else y
+    y = y + t["bias"] if "bias" in t else y
+    return y.to(dtype)
 
 
 class GroupedHead(Grouped):
@@ -151,8 +154,8 @@ class GroupedHead(Grouped):
         ids = self.rows.ids
         t = {name: p[ids] for name, p in self.stack.tensors().items()}  # [examples, O, D], [examples, O]
         flat = x.reshape(len(ids), -1, x.shape[-1])
-        y = torch.bmm(flat, t["weight"].transpose(1, 2))
-        y = y if "bias" not in t else y + t["bias"][:, None].to(y.dtype)
+        w = t["weight"].transpose(1, 2)
+        y = torch.baddbmm(t["bias"][:, None], flat, w) if "bias" in t else torch.bmm(flat, w)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def _mapped(self, ids: Tensor, args: Any, kwargs: Any) -> Any:
@@ -250,10 +253,10 @@ class GroupedNorm(GroupedHead):
         dims = {name: p.dim() - 1 for name, p in t.items()}
         t = {n: p.reshape(len(ids), *[1] * (x.dim() - 1 - dims[n]), *p.shape[1:]) for n, p in t.items()}
         if is_layer_norm(norm):
-            return _scaled(nn.functional.layer_norm(x, norm.normalized_shape, None, None, norm.eps), t)
+            return _normed(nn.functional.layer_norm, x, (norm.normalized_shape, None, None, norm.eps), t)
         if type(norm) is nn.RMSNorm:
             eps = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
-            return _scaled(nn.functional.rms_norm(x, norm.normalized_shape, None, eps), t)
+            return _normed(nn.functional.rms_norm, x, (norm.normalized_shape, None, eps), t)
         return torch.func.functional_call(norm, t, args, kwargs)
 
 
@@ -280,14 +283,15 @@ def _tried(module: nn.Module) -> bool:
     if len(shapes) != 1 or len(next(iter(shapes))) != 1 or "forward" in module.__dict__:
         return False
     (D,) = next(iter(shapes))
-    x = torch.linspace(-2, 3, 6 * D).sin().view(2, 3, D)
-    each = {name: torch.linspace(i, i + 1, 2 * D).cos().view(2, D) for i, name in enumerate(state)}
+    x = torch.linspace(-2, 3, 6 * D, device="cpu").sin().view(2, 3, D)
+    each = {name: torch.linspace(i, i + 1, 2 * D, device="cpu").cos().view(2, D) for i, name in enumerate(state)}
     try:
-        y = torch.func.functional_call(module, {name: t[:, None] for name, t in each.items()}, (x,))
-        alone = [
-            torch.func.functional_call(module, {name: t[i] for name, t in each.items()}, (x[i : i + 1],))
-            for i in range(2)
-        ]
+        with torch.autocast("cpu", enabled=False):
+            y = torch.func.functional_call(module, {name: t[:, None] for name, t in each.items()}, (x,))
+            alone = [
+                torch.func.functional_call(module, {name: t[i] for name, t in each.items()}, (x[i : i + 1],))
+                for i in range(2)
+            ]
         return torch.allclose(y, torch.cat(alone), atol=1e-5)
     except Exception:  # whatever an unknown module raises for parameters of another shape
         return False
@@ -335,7 +339,7 @@ class TaskBatch:
             found = dict([(n, t) for n, t in given.items() if isinstance(t, Tensor) and t.dim() > 1][:1])
         for name, t in found.items():
             rows = t.shape[0] if t.dim() > 0 else 1
-            if rows != self.count and rows != self.count * self.beams:
+            if rows != self.count * self.beams:
                 beams = f", of which generate() makes {self.count * self.beams} rows" if self.beams > 1 else ""
                 raise ValueError(
                     f"{name} has a batch of {rows}, and tasks were given for {self.count} examples{beams}: give one "

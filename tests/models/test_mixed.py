@@ -113,6 +113,27 @@ def test_parameters_of_different_dtypes():
     check(model, inputs, ["t1", None, "t0"])
 
 
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("how", ["bf16", "autocast"])
+def test_sixteen_bits(family, how):
+    """Rows have the dtype and, to a rounding, the values that they have alone; a LayerNorm has them to the bit."""
+    model, inputs = model_of(family, ["houlsby"] * 3)
+    model = model.bfloat16() if how == "bf16" else model
+    names = ["t2", None, "t0", "t1"]
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        expected = alone(model, names, inputs)
+        with torch.no_grad(), using_adapters(model, names):
+            found = forward(model, inputs)[0]
+            copies = model.adapter_ops.selection.task().copy_at
+            path, grouped = next((path, group) for path, group in copies.items() if "norm" in path.lower())
+        x = torch.randn(4, 3, 32, dtype=torch.bfloat16)
+        own = [model.adapter_ops.task(n).copy_at[path] if n else model.get_submodule(path) for n in names]
+        normed = torch.cat([module(x[i : i + 1]) for i, module in enumerate(own)])
+        assert torch.equal(grouped(x), normed)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05 * expected.float().abs().max().item())
+
+
 @pytest.mark.filterwarnings("ignore:2 parameters outside the base:UserWarning")
 def test_a_vit_of_timm():
     torch.manual_seed(0)

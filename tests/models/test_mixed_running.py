@@ -140,6 +140,13 @@ def test_wrong_counts_inside_generate():
             model.generate(tokens, **LENGTH)
         with pytest.raises(ValueError, match=r"batch of 12, .* 2 examples, of which generate\(\) makes 6 rows"):
             model.generate(tokens[:2], **LENGTH, num_beams=3, logits_processor=[twice])
+
+    def half(input_ids, scores):
+        """As a model does that goes on with some of the examples, whose rows are as many as there were examples."""
+        return model(input_ids[:4]).logits[:, -1].repeat(2, 1)
+
+    with using_adapters(model, ["t0", "t1", None, "t2"]), pytest.raises(ValueError, match=r"batch of 4, .* 4 examples"):
+        model.generate(tokens, **LENGTH, num_beams=2, logits_processor=[half])
     assert nothing_left(model)
 
 
@@ -332,6 +339,24 @@ def test_three_tasks_train_in_one_batch_as_they_do_alone():
         for key, t in wanted.items():
             torch.testing.assert_close(found[key], t, rtol=1e-7, atol=1e-7)
         assert losses[name][-1] < losses[name][0]
+
+
+def test_contexts_in_which_parameters_change_or_gradients_are_enabled_later():
+    model = trainee()
+    train_adapter(model, list(ROWS))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with using_adapters(model, NAMES):
+        model(X)
+        with torch.no_grad():
+            for p in parameters:
+                p.mul_(1.1)
+            found = model(X).logits
+        expected = torch.autograd.grad(model(X).logits.square().sum(), parameters)
+    with torch.no_grad(), using_adapters(model, NAMES):
+        torch.testing.assert_close(found, model(X).logits)
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(model(X).logits.square().sum(), parameters)
+    assert all(map(torch.equal, gradients, expected))
 
 
 def test_a_task_without_rows_gets_no_gradients_and_dropout_is_drawn():
