@@ -12,8 +12,9 @@ of resident.py, which no interpreter runs, has a formula only.
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -38,7 +39,7 @@ from adapter_ops.kernels.problem import (
 
 from ..cli import Parser
 from ..shape import SHAPES_HELP, Shape
-from .formulas import FORMULAS, NOT_COUNTED
+from .formulas import FORMULAS, NOT_COUNTED, Part
 
 SIZES = ((768, 8), (768, 64), (768, 256), (1024, 64), (4096, 64), (4096, 256))
 SHAPES = [*(Shape(65536, *size) for size in SIZES), Shape(16, 4096, 64)]
@@ -77,6 +78,13 @@ COUNTED: list[tuple[str, dict[str, Any]]] = [  # sizes that divide by no tile, a
     ("140x36x140", {"scale": "one", "needs": "x w_down b_down w_up b_up scale"}),
     ("140x36x140", {"scale": "channel", "needs": "x w_down b_down w_up b_up scale"}),
     ("140x36x140", {"needs": "w_down b_up"}),
+    # Rows of several tasks, some without one: fused, the pair, and R in blocks.
+    ("301x130x70", {"counts": (9, 130, 0, 1, 161)}),
+    ("301x130x70", {"counts": (70, 0, 231), "own_residual": True, "scale": "channel", "needs": "x w_up scale"}),
+    ("43x50x14", {"counts": (3, 17, 0, 22, 1)}),
+    ("43x50x14", {"counts": (0, 20, 23), "scale": "one", "needs": "w_down b_down w_up b_up scale"}),
+    ("140x36x140", {"counts": (7, 66, 1, 66)}),
+    ("140x36x140", {"counts": (1, 0, 139), "own_residual": True, "bias": False, "needs": "x w_down"}),
 ]
 
 
@@ -102,10 +110,12 @@ class Counted:
         first = {id(value): name for name, value in reversed(self.arguments.items())}
         for action, times in zip(("read", "write"), FORMULAS[self.kernel](SimpleNamespace(**self.arguments))):
             for name, count in times.items():
-                if (tensor := self.arguments[name]) is not None and count:
+                part = count if isinstance(count, Part) else Part(Fraction(count), Fraction(1))
+                if (tensor := self.arguments[name]) is not None and part.times:
                     key = f"{action} {first[id(tensor)]}"
-                    seen = traffic.get(key, Bytes(0, 0)).logical
-                    traffic[key] = Bytes(seen + count * tensor.nbytes, tensor.nbytes)
+                    seen = traffic.get(key, Bytes(0, 0))
+                    logical, touched = (share * tensor.nbytes for share in part)
+                    traffic[key] = Bytes(seen.logical + int(logical), max(seen.compulsory, int(touched)))
         return traffic
 
 
@@ -129,14 +139,17 @@ def counting() -> Iterator[dict[str, list[np.ndarray]]]:
         yield accesses
 
 
-def traced(plan: Plan, tensors: dict[str, Any], run: bool) -> list[Counted]:
+def traced(plan: Plan, tensors: dict[str, Any], run: bool, counts: Sequence[int] | None = None) -> list[Counted]:
     """The launches of a plan, in order: run and counted, or neither, so that meta tensors will do.
+
+    `counts`: how many rows have no task, task 0 and so on, where rows have tasks.
 
     Running raises RuntimeError unless TRITON_INTERPRET was set when the kernels were defined.
     """
     if run and not INTERPRETED:
         raise RuntimeError("the kernels are compiled: nothing can be counted without TRITON_INTERPRET=1")
     found = []
+    sides = {one.arguments["ends_ptr"]: one.arguments["side"] for one in plan.launches if "ends_ptr" in one.arguments}
     for launch in plan.launches:
         values = {n: v.tensor if isinstance(v, Boxes) else v for n, v in launch.arguments.items()}
         named = {n: tensors[v] if isinstance(v, str) else v for n, v in values.items()}
@@ -144,7 +157,8 @@ def traced(plan: Plan, tensors: dict[str, Any], run: bool) -> list[Counted]:
         if run:
             with counting() as accesses:
                 launch(tensors)
-        arguments = named | launch.constants | {"grid": launch.grid}
+        arguments = named | launch.constants | {"grid": launch.grid, "counts": counts}
+        arguments["sides"] = {n: sides[v] for n, v in launch.arguments.items() if v in sides}
         found.append(Counted(launch.kernel.__name__, arguments, attributed(accesses, named)))
     return found
 
@@ -176,6 +190,7 @@ def step(
     bias: bool = True,
     scale: str = "number",  # or "one", a tensor [1], or "channel", a tensor [D]
     tuning: Tuning = UNTUNED,
+    counts: Sequence[int] | None = None,  # rows without a task, of task 0 and so on, in an order that is none
 ) -> dict[str, list[Counted]]:
     """The launches of "forward" and "backward", on zeros; they run where the target is interpreted."""
     run = target.interpreted
@@ -184,22 +199,28 @@ def step(
         return torch.zeros(size, dtype=dtype, device="cpu" if run else "meta")
 
     def parameter(*size: int, wanted: bool = True) -> Any:
-        return zeros(*size, dtype=parameter_dtype or dtype) if wanted else None
+        return zeros(*each, *size, dtype=parameter_dtype or dtype) if wanted else None
 
     M, D, R = shape.M, shape.D, shape.R
+    each = () if counts is None else (len(counts) - 1,)
+    index: list[Tensor] = []
+    if counts is not None:
+        assert sum(counts) == M
+        order = torch.randperm(M, generator=torch.Generator().manual_seed(0))
+        index = [t if run else t.to("meta") for t in (order, torch.tensor(counts))]
     x, dy, options = zeros(M, D), zeros(M, D), Options("gelu", 1.0, dtype)
     residual = zeros(M, 2 * D)[:, :D] if own_residual else None
     b_down, b_up = parameter(R, wanted=bias), parameter(D, wanted=bias)
     scales = parameter(D if scale == "channel" else 1, wanted=scale != "number")
     weights = Weights(parameter(R, D), b_down, parameter(D, R), b_up, scales)
     before = forward.plan(forward_problem(x, residual, weights, options, save_z, target, tuning))
-    tensors = before.tensors((x, residual, *weights))
-    found = {"forward": traced(before, tensors, run), "backward": []}
+    tensors = before.tensors((x, residual, *weights, *index))
+    found = {"forward": traced(before, tensors, run, counts), "backward": []}
     if save_z:
         z, wanted = tensors["z"], Needs(**{name: name in needs.split() for name in Needs._fields})
         described = backward_problem(dy, x, z, weights, options, wanted, residual is None, target, tuning)
         after = backward.plan(described)
-        found["backward"] = traced(after, after.tensors((dy, x, z, *weights)), run)
+        found["backward"] = traced(after, after.tensors((dy, x, z, *weights, *index)), run, counts)
     return found
 
 
