@@ -200,6 +200,19 @@ def test_strided_rows(form):
         torch.testing.assert_close(t, expected[name], msg=name)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_z_is_by_position_and_zero_for_rows_without_a_task(form):
+    given = sized(form)
+    weights = [given[n] for n in NAMES]
+    _, z, order, counts = grouped._forward(
+        given["x"], given["task_ids"], None, *weights, None, "gelu", 1.0, torch.float64, True
+    )
+    ids = given["task_ids"][order]
+    expected = torch.einsum("md,mrd->mr", given["x"][order], weights[0][ids]) + weights[1][ids]
+    torch.testing.assert_close(z, torch.where(ids[:, None] < 0, 0, expected))
+    assert counts[0] == (ids < 0).sum()
+
+
 def test_a_task_for_each_sequence():
     given = batch(ids=[2, -1, 0])
     x = torch.randn(3, 2, 5, 12).double()
