@@ -30,8 +30,8 @@ def world():
 
 def test_what_is_right(world):
     assert world.right("task0", 0, answer_of(SCORES)) and world.right("task0", 1, answer_of(SCORES[::-1]))
-    assert world.right("task0", 0, answer_of([0.10005, 0.2, 0.3, 0.39995]))
-    for wrong in (SCORES[::-1], [0.1, 0.2, 0.3, 0.401], SCORES[:3], [float("nan")] * 4):
+    assert world.right("task0", 0, answer_of([0.10001, 0.2, 0.3, 0.39999]))
+    for wrong in (SCORES[::-1], [0.1, 0.2, 0.3, 0.4001], SCORES[:3], [float("nan")] * 4):
         assert not world.right("task0", 0, answer_of(wrong))
     assert not world.right("task0", 0, {**answer_of(SCORES), "label": "a"})
     assert not world.right("task1", 0, answer_of(SCORES))
@@ -40,7 +40,7 @@ def test_what_is_right(world):
 def test_tasks_that_answer_alike_are_refused(world):
     check_different(world.scores)
     with pytest.raises(RuntimeError, match="task0 and task2 give text 1 the same scores"):
-        check_different(world.scores | {"task2": [[0.25] * 4, [0.4005, 0.2995, 0.2, 0.1]]})
+        check_different(world.scores | {"task2": [[0.25] * 4, [0.4001, 0.2999, 0.2, 0.1]]})
 
 
 @pytest.fixture
