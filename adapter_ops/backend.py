@@ -156,6 +156,8 @@ def choose(x: Tensor, residual: Tensor | None, weights: Weights, options: Option
         return Backend("reference", MISSING)
     if math.prod(shape) >= 1 << 31:
         return Backend("reference", f"a weight {shape} has more elements than the kernels address, 2^31 - 1")
+    if weights.w_down.dim() == 3 and len(weights.w_down) >= 1 << 15:
+        return Backend("reference", f"{len(weights.w_down)} tasks are more than a grid holds, 2^15 - 1")
     target = plan.target(x.device)
     if not target.interpreted:
         if x.dtype == torch.float64:

@@ -7,6 +7,7 @@ kernels take them in tiles of one task. Where neither can be done the formula ru
 gather the weights of every row.
 """
 
+import contextlib
 from typing import Any
 
 import torch
@@ -215,12 +216,18 @@ backward_op = torch.ops.adapter_ops.grouped_backward.default
 
 
 def _calls(x: Tensor, residual: Tensor | None, weights: Weights, options: Options) -> KernelCalls | None:
-    """The kernels' calls; None where `grouped_cpu` runs, whose operations every device has."""
+    """The kernels' calls; None where `grouped_cpu` runs, also on a GPU: a compiled call may find there that the kernels
+    do not take its dtype."""
     if x.device.type == "cpu" and not INTERPRETED:
         require(_CPU)
         return None
     calls = op_calls(x, residual, weights, options)
     return calls if isinstance(calls, KernelCalls) else None
+
+
+def _making_on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """New tensors are made on a device, where it is not the one on which they are made anyway."""
+    return contextlib.nullcontext() if device.type == "cpu" else device
 
 
 def _index(task_ids: Tensor, T: int) -> tuple[Tensor, Tensor]:
@@ -241,7 +248,8 @@ def _forward(
     weights, options = Weights(w_down, b_down, w_up, b_up, scale_tensor), Options(activation, scale, dtype)
     calls = _calls(x, residual, weights, options)
     if calls is None:
-        return grouped_cpu.forward(x, task_ids, residual, *weights, *options, save_z)
+        with _making_on(x.device):
+            return grouped_cpu.forward(x, task_ids, residual, *weights, *options, save_z)
     index = _index(task_ids, len(w_down))
     y, z = calls.forward((x, residual, *weights, *index), save_z)
     return y, x.new_empty(0, dtype=dtype) if z is None else z, *index
@@ -254,7 +262,8 @@ def _backward(
     weights, options = Weights(w_down, b_down, w_up, b_up, scale_tensor), Options(activation, scale, dtype)
     calls = _calls(x, None if residual_is_x else dy, weights, options)
     if calls is None:
-        return grouped_cpu.backward(dy, x, z, order, counts, *weights, *options, needs, residual_is_x)
+        with _making_on(x.device):
+            return grouped_cpu.backward(dy, x, z, order, counts, *weights, *options, needs, residual_is_x)
     found = calls.backward(dy, x, z, weights, needs, residual_is_x, index=(order, counts))
     return [t for t in found if t is not None]
 

@@ -127,8 +127,8 @@ def dx_dw_kernel(a: SimpleNamespace) -> tuple[Times, Times]:
 def reduce_kernel(a: SimpleNamespace) -> tuple[Times, Times]:
     """Every partial sum is read once, and every gradient written once."""
     dscale = a.dscale_ptr is not None
-    reads: Times = dict.fromkeys(PARTIALS, 1) | {"b_down_partial_ptr": 1, "w_up_ptr": dscale, "b_up_ptr": dscale}
-    reads["scale_ptr"] = 1 if a.SCALE_STRIDE else a.D
+    reads: Times = {"w_up_ptr": dscale, "b_up_ptr": dscale, "scale_ptr": 1 if a.SCALE_STRIDE else a.D}
+    reads |= dict.fromkeys((*PARTIALS, "b_down_partial_ptr"), 1)
     if a.counts is not None:
         T = len(a.counts) - 1
         if a.slice_ends_ptr is not None:

@@ -299,6 +299,18 @@ for t in sizes:
 assert len(ops.RUNS) <= 8
 kinds.KEPT = held
 """,
+    "rows of several tasks": """
+from adapter_ops import grouped, grouped_bottleneck_adapter
+bf16, whole = (dict(dtype=dtype, device="cuda") for dtype in (torch.bfloat16, torch.int64))
+grouped._check_range = lambda *_: None  # neither this nor a sort is on the rig
+grouped._index = lambda ids, T: (torch.empty(len(ids), **whole), torch.empty(T + 1, **whole))
+ids = torch.empty(32, **whole)
+for T in (2, 70):
+    w = [torch.empty(T, *shape, **bf16, requires_grad=True) for shape in ((16, 64), (16,), (64, 16), (64,))]
+    many = lambda: torch.autograd.grad(grouped_bottleneck_adapter(x, ids, *w), [x, *w], torch.empty_like(x))
+    counts = [dispatched(many) for _ in range(4)]
+    assert counts == [8, 8, 0, 0], counts
+""",
     "no measured kernel": """
 import os
 from adapter_ops.kernels import plan
