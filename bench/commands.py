@@ -6,6 +6,7 @@ import sys
 
 COMMANDS = {  # the module whose `main` it is, and what it does
     "speed": ("bench.speed.command", "time the adapter beside every way PyTorch users write it, correctness first"),
+    "grouped": ("bench.grouped.command", "time the adapters of many tasks in one batch, beside the ways to do without"),
     "plot": ("bench.speed.plot", "draw latency, speed-up and roofline of a CSV file of speed"),
     "readme": ("bench.speed.readme", "fill in the tables of a Markdown file from the CSV files its markers name"),
     "static": ("bench.static.gate", "compile every kernel for GPUs that are not here and judge the machine code"),

@@ -202,18 +202,18 @@ def work(shape: Shape, dtype: torch.dtype, mode: str) -> tuple[int, int]:
     return tensors * shape.M * shape.D * dtype.itemsize, products * 2 * shape.M * shape.D * shape.R
 
 
-def peak_memory(case: Case, module: Module, mode: str) -> int:
+def peakmemory(case: Case, module: Module, mode: str) -> int:
     """Bytes above inputs and parameters at the worst moment; in "bwd" with what its forward left behind."""
-    with _memory(case.device) as before:
+    with memory(case.device) as before:
         call = case.call(module, mode)
-    with _memory(case.device) as during:
+    with memory(case.device) as during:
         results = call()
     del results
     return before["net"] + during["peak"]
 
 
 @contextlib.contextmanager
-def _memory(device: str) -> Iterator[dict[str, int]]:
+def memory(device: str) -> Iterator[dict[str, int]]:
     """`net` bytes more at the end than at the start, and `peak` bytes more at the worst moment."""
     found: dict[str, int] = {}
     if device == "cuda":
