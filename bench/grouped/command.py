@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     add("--device", type=one_of("device", ("cpu", "cuda")), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seconds", type=positive, default=1.0, help="of timing for each provider and batch (default: %(default)s)")
     add("--commit", help="named in the results (default: that of the checkout)")
-    add("--output", type=output_file, help="a text file for the table")
+    add("--out", type=output_file, help="a text file for the table")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here")
@@ -55,12 +55,12 @@ def main(argv: list[str]) -> int:
         print(line, flush=True)
         lines.append(line)
 
-    with parser.holding(args.output):
+    with parser.holding(args.out):
         tell(", ".join(environment(args.device, args.commit).values()))
         tell("python -m bench grouped " + " ".join(argv))
         timed = sum(table(batch, args, tell) for batch in batches(args, tell))
-        if args.output is not None:
-            write_whole(args.output, "\n".join(lines) + "\n")
+        if args.out is not None:
+            write_whole(args.out, "\n".join(lines) + "\n")
     return int(timed == 0)
 
 

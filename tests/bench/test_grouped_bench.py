@@ -19,7 +19,7 @@ def test_rows_of_tasks(T):
 
 def test_every_provider_is_timed(capsys, tmp_path):
     path = tmp_path / "table.txt"
-    assert main(["grouped", *SMALL, "--output", str(path)]) == 0
+    assert main(["grouped", *SMALL, "--out", str(path)]) == 0
     text = capsys.readouterr().out
     assert path.read_text() == text and "not timed" not in text
     timed = {name for name in providers.PROVIDERS if name != "adapterhub-split"}
