@@ -2,7 +2,7 @@
 
 It needs Starlette, uvicorn and prometheus_client (`pip install 'adapter-ops[serve]'`). The tasks are the folders below
 one folder, each written by `save_adapter`; a folder's name is the task's. The first request for a task brings it to the
-device, where as many tasks stay as `--capacity` says.
+device, where as many tasks of one config and number of labels stay as `--capacity` says; those run in one call.
 
     python examples/serve.py bert-base-uncased tasks --port 8000 --capacity 64 --batch 32 --wait 5
 
@@ -54,9 +54,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from adapter_ops import AdapterBank
 
+FREE = {"bottleneck", "reduction_factor", "init", "init_std", "dropout"}  # in these the tasks of one bank may differ
+
 
 class Task(NamedTuple):
-    bank: AdapterBank  # one for each number of labels, since heads of one bank have the same sizes
+    bank: AdapterBank  # one for each config and number of labels
     key: str  # The bank's name for it, which is never used again: a request never gets another task of the same name.
     labels: list[str]
     kind: str | None  # as `problem_type` in transformers
@@ -81,7 +83,7 @@ class Tasks:
         positions = getattr(self.model.config, "max_position_embeddings", None) or 512
         self.length = min(self.tokenizer.model_max_length, positions)
         self.padding = 64 if self.device.type == "cpu" else 4096  # tokens that cost about as much as another call
-        self.capacity, self.bottleneck, self.banks = capacity, bottleneck, dict[int, AdapterBank]()
+        self.capacity, self.bottleneck, self.banks = capacity, bottleneck, dict[str, AdapterBank]()
         self.folder, self.known, self.number = folder.resolve(), dict[str, Task](), count()
 
     def find(self) -> None:
@@ -95,7 +97,7 @@ class Tasks:
     def load(self, name: str, folder: str, bring: Callable[..., None] = AdapterBank.load) -> None:
         """Makes a task of a folder below that of the tasks, and brings it to the device."""
         if not re.fullmatch("[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", name):
-            raise HTTPException(422, f"the name {short(name)} may have letters, digits, '-', '_' and '.' only")
+            raise HTTPException(422, f"the name {ascii(name)[:100]} may have letters, digits, '-', '_' and '.' only")
         if name in self.known:
             raise HTTPException(409, f"there is a task {name!r} already: unload it first, or choose another name")
         try:
@@ -104,23 +106,26 @@ class Tasks:
         except (OSError, RuntimeError, ValueError):  # a name that no folder can have
             there = False
         if not there:
-            raise HTTPException(422, f"there is no folder {short(folder)} below the folder of the tasks")
+            raise HTTPException(422, f"there is no folder {ascii(folder)[:100]} below the folder of the tasks")
         try:
             with safe_open(path / "adapter_ops.safetensors", "pt") as file:
-                labels = json.loads(file.metadata()["adapter_ops"])["labels"] or {}
+                header = json.loads(file.metadata()["adapter_ops"])
+            labels = header["labels"] or {}
             names, number = labels.get("id2label") or {}, labels.get("num_labels", self.model.config.num_labels)
-            bank = self.banks.get(number) or AdapterBank(self.model, self.capacity, self.bottleneck)
+            config = {field: value for field, value in header["config"].items() if field not in FREE}
+            kind = json.dumps([number, config, header["modules"], header["sites"]], sort_keys=True)
+            bank = self.banks.get(kind) or AdapterBank(self.model, self.capacity, self.bottleneck)
             key = f"{name}.{next(self.number)}"
             bring(bank, key, path)
         except Exception as error:  # whatever a damaged file leads to
             raise HTTPException(422, f"the task {name!r} cannot be loaded: {self.sentence(error)}") from error
-        self.banks[number] = bank
+        self.banks[kind] = bank
         labels_of = [names.get(str(i), f"LABEL_{i}") for i in range(number)]
         self.known[name] = Task(bank, key, labels_of, labels.get("problem_type"))
 
     def unload(self, name: str) -> None:
         if (task := self.known.pop(name, None)) is None:
-            raise HTTPException(404, f"there is no task {short(name)}")
+            raise HTTPException(404, f"there is no task {ascii(name)[:100]}")
         task.bank.unload(task.key)
 
     def sentence(self, error: Exception) -> str:
@@ -238,7 +243,7 @@ class Service:
     async def ask(self, name: str, texts: Sequence[str]) -> list[Any]:
         """Waits for the predictions. Raises HTTPException where one of them cannot be made."""
         if (task := self.tasks.known.get(name)) is None:
-            raise HTTPException(404, f"there is no task {short(name)}")
+            raise HTTPException(404, f"there is no task {ascii(name)[:100]}")
         if len(self.waiting) + len(texts) > self.options.queue:
             raise HTTPException(503, f"{len(self.waiting)} texts wait already: try again", {"Retry-After": "1"})
         loop = asyncio.get_running_loop()
@@ -280,7 +285,7 @@ class Service:
         for field, kind in kinds.items():
             if not isinstance(given.get(field), (kind, type(None))):
                 wanted = "string" if kind is str else "list"
-                raise HTTPException(422, f"{field!r} is {short(given[field])}, expected a {wanted}")
+                raise HTTPException(422, f"{field!r} is {ascii(given[field])[:100]}, expected a {wanted}")
         return [given.get(field) for field in kinds]
 
     async def predict(self, request: Request) -> Response:
@@ -332,16 +337,11 @@ class Service:
 
 def check(text: Any, limit: int) -> None:
     if not isinstance(text, str) or not text.strip():
-        raise HTTPException(422, f"a text is {short(text)}, expected a string that is not empty")
+        raise HTTPException(422, f"a text is {ascii(text)[:100]}, expected a string that is not empty")
     if len(text) > limit:
         raise HTTPException(422, f"a text has {len(text)} characters, at most {limit} are allowed")
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         raise HTTPException(422, "a text has half of a surrogate pair, which is no character")
-
-
-def short(value: Any) -> str:
-    text = ascii(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 async def problem(request: Request, error: Any) -> Response:

@@ -4,7 +4,6 @@ import http.client
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -21,8 +20,11 @@ WORDS = [f"w{i}" for i in range(60)]
 
 
 def make(folder, tasks=6):
-    """Writes a BERT with random weights into folder/base, and tasks of it into folder/tasks. Returns the model, which
-    has these tasks, and its tokenizer. The last task has three labels and half the bottleneck."""
+    """Writes a BERT with random weights into folder/base, and tasks of it into folder/tasks.
+
+    The last task has three labels and half the bottleneck, and the one before it has another config. Returns the model
+    of each task, which has it, and the tokenizer.
+    """
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -45,7 +47,8 @@ def make(folder, tasks=6):
     found = {}
     for i in range(tasks):
         name, owner = f"t{i}", three.eval() if i == tasks - 1 else model
-        add_adapter(owner, name, AdapterConfig(bottleneck=4 if i == tasks - 1 else 8))
+        config = AdapterConfig(bottleneck=4 if i == tasks - 1 else 8)
+        add_adapter(owner, name, "pfeiffer" if i == tasks - 2 else config)
         with torch.no_grad():
             for p in owner.parameters():
                 if p.requires_grad:
@@ -114,12 +117,8 @@ class Server:
         families = text_string_to_metric_families(text)
         return {(s.name, *sorted(s.labels.items())): s.value for family in families for s in family.samples}
 
-    def stop(self, number=signal.SIGTERM):
-        """Sends the signal, waits for the end, and returns the exit status."""
-        self.process.send_signal(number)
-        return self.wait()
-
     def wait(self):
+        """The exit status of the process, which has been told to end."""
         try:
             status = self.process.wait(timeout=60)
         finally:

@@ -18,7 +18,7 @@ for needed in ("starlette", "uvicorn", "prometheus_client"):
 pytestmark = pytest.mark.usefixtures("aten")  # for the answers that are compared; the interpreter would be slow
 
 # A batch of four goes at once, and less than four texts wait for two seconds, so what happens meanwhile is certain.
-BATCHES = ["--capacity", 4, "--bottleneck", 8, "--batch", 4, "--wait", 2000, "--queue", 32]
+BATCHES = ["--capacity", 3, "--bottleneck", 8, "--batch", 4, "--wait", 2000, "--queue", 32]
 LIMITS = ["--bytes", 20000, "--texts", 40, "--characters", 1000]
 
 
@@ -78,11 +78,9 @@ def test_requests_of_all_tasks_at_once(server, tree):
         assert grown("adapter_requests_total", ("status", "200"), ("task", f"t{i}")) == 8
     batches = grown("adapter_batch_texts_count")
     assert grown("adapter_request_seconds_count") == 48 and grown("adapter_batch_texts_sum") == 48
-    assert batches <= 24 and grown("adapter_batch_tasks_sum") > 1.5 * batches, (
-        "requests of different tasks share batches"
-    )
-    assert after[("adapter_batch_texts_bucket", ("le", "16.0"))] == after[("adapter_batch_texts_count",)]
-    assert grown("adapter_bank_misses_total") >= 6 and grown("adapter_bank_evictions_total") >= 2
+    assert batches == 12 and grown("adapter_batch_tasks_sum") > 18, "requests of different tasks share batches"
+    assert after[("adapter_batch_texts_bucket", ("le", "4.0"))] == after[("adapter_batch_texts_count",)]
+    assert grown("adapter_bank_misses_total") >= 6 and grown("adapter_bank_evictions_total") >= 1
     assert grown("adapter_bank_loads_total") >= 6 and grown("adapter_bank_seconds_loading_total") > 0
     assert after[("adapter_waiting_texts",)] == 0 and "adapter_bank_hits_total" in {key[0] for key in after}
 
@@ -157,7 +155,8 @@ def test_loading_and_unloading(server, tree):
 
     for folder in ("t1", "t5"):
         assert server.ask("POST", "/tasks", {"name": "new", "folder": folder})[:2] == (201, {"name": "new"})
-        assert listed()["new"] is True and sum(listed().values()) <= 5  # four, and t5, which has another size
+        # Three are on the device, and with them t4 and t5, which differ from the others.
+        assert listed()["new"] is True and sum(listed().values()) <= 5
         status, answer = server.predict("new", ["w1 w2"] * 4)
         assert status == 200
         for prediction in answer["predictions"]:
