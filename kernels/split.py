@@ -96,9 +96,10 @@ def shrink_kernel(
     stride_xm = stride_xm // STRIDE_UNIT * STRIDE_UNIT
     # Blocks of R are neighbours in time, so that they share their rows of x in L2.
     R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
-    task, row, stop = tile(tl.program_id(0) // R_BLOCKS, M, BLOCK_M, tiles_ptr)
+    pid_m = tl.program_id(0) // R_BLOCKS
     pid_r = tl.program_id(0) % R_BLOCKS
     pid_s = tl.program_id(1)
+    task, row, stop = tile(pid_m, M, BLOCK_M, tiles_ptr)
     offs_m = tl.arange(0, BLOCK_M)
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
     base, rows_m, mask_m = rows(row, stop, offs_m, order_ptr)
@@ -257,8 +258,9 @@ def expand_kernel(
     stride_rm = stride_rm // STRIDE_UNIT * STRIDE_UNIT
     # Blocks of D are neighbours in time, so that they share their rows of h in L2.
     D_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    task, row, stop = tile(tl.program_id(0) // D_BLOCKS, M, BLOCK_M, tiles_ptr)
+    pid_m = tl.program_id(0) // D_BLOCKS
     pid_d = tl.program_id(0) % D_BLOCKS
+    task, row, stop = tile(pid_m, M, BLOCK_M, tiles_ptr)
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
     base, rows_m, mask_m = rows(row, stop, offs_m, order_ptr)
