@@ -29,6 +29,7 @@ import math
 import re
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -85,6 +86,7 @@ class Tasks:
         self.padding = 64 if self.device.type == "cpu" else 4096  # tokens that cost about as much as another call
         self.capacity, self.bottleneck, self.banks = capacity, bottleneck, dict[str, AdapterBank]()
         self.folder, self.known, self.number = folder.resolve(), dict[str, Task](), count()
+        self.calling = threading.Lock()  # A bank's first task is to be loaded while nobody calls the model.
 
     def find(self) -> None:
         """Makes a task of every folder that holds one. None is on the device yet."""
@@ -116,12 +118,12 @@ class Tasks:
             kind = json.dumps([number, config, header["modules"], header["sites"]], sort_keys=True)
             bank = self.banks.get(kind) or AdapterBank(self.model, self.capacity, self.bottleneck)
             key = f"{name}.{next(self.number)}"
-            bring(bank, key, path)
+            with contextlib.nullcontext() if bank.stats().loads else self.calling:
+                bring(bank, key, path)
         except Exception as error:  # whatever a damaged file leads to
             raise HTTPException(422, f"the task {name!r} cannot be loaded: {self.sentence(error)}") from error
-        self.banks[kind] = bank
         labels_of = [names.get(str(i), f"LABEL_{i}") for i in range(number)]
-        self.known[name] = Task(bank, key, labels_of, labels.get("problem_type"))
+        self.banks[kind], self.known[name] = bank, Task(bank, key, labels_of, labels.get("problem_type"))
 
     def unload(self, name: str) -> None:
         if (task := self.known.pop(name, None)) is None:
@@ -150,7 +152,8 @@ class Tasks:
             padded = pad_sequence(tokens, batch_first=True, padding_value=self.tokenizer.pad_token_id)
             mask = pad_sequence([torch.ones_like(t) for t in tokens], batch_first=True)
             batch = {"input_ids": padded.to(self.device), "attention_mask": mask.to(self.device)}
-            logits = self.logits([texts[i].task for i in part], batch).double().cpu()
+            with self.calling:
+                logits = self.logits([texts[i].task for i in part], batch).double().cpu()
             for i, row in zip(part, logits):
                 found[i] = prediction(texts[i].task, row)
         return found
@@ -245,7 +248,8 @@ class Service:
         if (task := self.tasks.known.get(name)) is None:
             raise HTTPException(404, f"there is no task {ascii(name)[:100]}")
         if len(self.waiting) + len(texts) > self.options.queue:
-            raise HTTPException(503, f"{len(self.waiting)} texts wait already: try again", {"Retry-After": "1"})
+            full = f"of {self.options.queue} places in the queue {len(self.waiting)} are taken: try again"
+            raise HTTPException(503, full, {"Retry-After": "1"})
         loop = asyncio.get_running_loop()
         entries = [Text(text, task, loop.create_future(), loop.time()) for text in texts]
         self.waiting.extend(entries)
@@ -345,10 +349,8 @@ def check(text: Any, limit: int) -> None:
 
 
 async def problem(request: Request, error: Any) -> Response:
-    status, headers = getattr(error, "status_code", 500), getattr(error, "headers", None)
-    return JSONResponse(
-        {"error": getattr(error, "detail", "the service has failed; its log says why")}, status, headers
-    )
+    sentence = getattr(error, "detail", "the service has failed; its log says why")
+    return JSONResponse({"error": sentence}, getattr(error, "status_code", 500), getattr(error, "headers", None))
 
 
 def create_app(tasks: Tasks, options: argparse.Namespace) -> Starlette:
@@ -381,7 +383,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--characters", type=int, default=20_000, help="of a text (default: %(default)s)")
     add("--bytes", type=int, default=1_000_000, help="of a request's body (default: %(default)s)")
     add("--timeout", type=float, default=30.0, help="seconds that a request may take (default: %(default)s)")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name in ("capacity", "bottleneck", "batch", "queue", "texts", "characters", "bytes", "timeout"):
+        if getattr(options, name) <= 0:
+            parser.error(f"argument --{name}: expected a number above 0, found {getattr(options, name)}")
+    if not options.tasks.is_dir():
+        parser.error(f"argument tasks: there is no folder {str(options.tasks)!r}")
+    return options
 
 
 def serve(app: Starlette, options: argparse.Namespace) -> None:

@@ -238,7 +238,9 @@ def test_a_task_unloaded_while_its_request_waits(server, tree):
 
 def test_a_full_queue(server):
     status, answer, headers = server.ask("POST", "/predict", {"task": "t0", "texts": ["w1"] * 33})
-    assert status == 503 and headers["retry-after"] == "1" and answer == {"error": "0 texts wait already: try again"}
+    assert (
+        status == 503 and headers["retry-after"] == "1" and answer["error"].startswith("of 32 places in the queue 0 ")
+    )
     assert server.metrics()[("adapter_requests_total", ("status", "503"), ("task", "t0"))] == 1
 
 
@@ -275,7 +277,7 @@ class Fake:
 
 
 def service(serve, *arguments):
-    return serve.Service(Fake(serve), serve.parse(["model", "tasks", *map(str, arguments)]))
+    return serve.Service(Fake(serve), serve.parse(["model", ".", *map(str, arguments)]))
 
 
 def test_a_request_that_waits_too_long(serve):
@@ -304,6 +306,16 @@ def test_a_body_that_does_not_come(serve):
         assert caught.value.status_code == 408
 
     asyncio.run(asyncio.wait_for(run(), 10))
+
+
+def test_wrong_options(serve, capsys):
+    for arguments, told in (
+        (["nowhere"], "argument tasks: there is no folder 'nowhere'"),
+        ([".", "--batch", "0"], "argument --batch: expected a number above 0, found 0"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            serve.parse(["model", *arguments])
+        assert told in capsys.readouterr().err
 
 
 def test_a_batch_goes_when_it_is_full_or_its_oldest_text_has_waited(serve):
