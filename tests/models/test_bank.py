@@ -300,6 +300,30 @@ def test_a_name_that_is_given_to_another_folder(six):
         raise AssertionError
 
 
+def test_a_name_that_is_given_to_another_folder_while_it_is_read(six, monkeypatch):
+    folder, outputs = six
+    model = fresh()
+    bank = AdapterBank(model, 2, 8)
+    bank.register("it", folder / "t0")
+    read = bank._read
+
+    def slowly(name, source):
+        found = read(name, source)
+        if source.path == folder / "t0":
+            bank.unload("it")
+            bank.register("it", folder / "t1")
+        return found
+
+    monkeypatch.setattr(bank, "_read", slowly)
+    check(model, bank, {"it": outputs["t1"]}, ["it"] * 5)
+    bank.unload("it")
+    bank.register("it", folder / "t0")
+    monkeypatch.setattr(bank, "_read", lambda name, source: (read(name, source), bank.unload("it"))[0])
+    with pytest.raises(ValueError, match="no adapter 'it' any more: it was unloaded meanwhile"):
+        check(model, bank, outputs, ["it"] * 5)
+    assert bank._pins == [0, 0]
+
+
 def test_eight_threads_that_load_unload_and_ask(six):
     folder, outputs = six
     model = fresh()

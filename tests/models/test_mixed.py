@@ -100,6 +100,13 @@ def test_configs_that_differ_in_one_field(family, name):
     check(model, inputs, ["t1", "t3", "t3", "t1", "t1"])
 
 
+def test_bottlenecks_of_different_sizes_with_an_activation_that_is_not_zero_at_zero():
+    sizes = [AdapterConfig(bottleneck=size, activation="sigmoid", init_std=0.3) for size in (3, 7, 1)]
+    model, inputs = model_of("bert", sizes)
+    check(model, inputs, ["t0", "t1", "t2", None])
+    assert all(len(groups) == 1 for groups in batch_of(model, ["t0", "t1", "t2"]).layer_at.values())
+
+
 def shake_buffers(model):
     for name, t in model.adapter_ops.named_buffers():
         if "running" in name:
