@@ -24,3 +24,11 @@ def both(pairs, tmp_path):
     if not pairs or not pairs[-1].alive:
         pairs.append(Pair(tmp_path))
     return pairs[-1]
+
+
+@pytest.fixture(scope="module")
+def six(tmp_path_factory):
+    """Six tasks of different bottlenecks: their folder, and their outputs."""
+    from helpers_bank import six_tasks
+
+    return six_tasks(tmp_path_factory.mktemp("six"))
