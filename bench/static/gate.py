@@ -46,7 +46,7 @@ FEW = 64
 KERNELS = ("fused", "resident", "shrink", "combine", "expand", "dz", "dx_dw", "reduce", "table")
 
 # Sizes (D, R) whose kernels are also compiled for rows of TASKS tasks: a handful, as they differ in how rows are found.
-GROUPED = ((768, 8), (768, 24), (768, 64), (768, 128), (768, 256), (1024, 48), (2048, 32), (4096, 64), (8192, 64))
+GROUPED = ((768, 8), (768, 24), (768, 64), (768, 256), (1024, 48), (1024, 128), (2048, 32), (4096, 64), (8192, 64))
 TASKS = 64
 
 # What `make static` goes through.

@@ -6,6 +6,7 @@ import pytest
 from helpers import python
 
 from bench.static.cards import CARDS
+from bench.static.gate import GROUPED, TASKS
 from bench.static.machine_code import Code, trace
 
 
@@ -14,7 +15,7 @@ from bench.static.machine_code import Code, trace
     [
         ("bf16", 768, "128", "sm_80,sm_90,sm_100"),
         ("bf16", 776, "24", "sm_90,sm_120"),  # rows at multiples of 8 elements, not of 16
-        ("bf16", 4096, "64", "sm_86"),
+        ("bf16", 4096, "64", "sm_86"),  # one of GROUPED
         ("fp16", 768, "96", "sm_89"),
         ("fp32", 768, "96", "sm_90"),
     ],
@@ -30,6 +31,7 @@ def test_defaults_pass(dtype, D, R, arch, tmp_path):
     assert {(row["R"], row["arch"]) for row in rows} == {(int(r), a) for r in R.split(",") for a in arch.split(",")}
     for row in rows:
         assert row["resident"] > 0 and row["code"]["loads"] and row["code"]["stores"], row
+    assert {row["T"] for row in rows} == ({0, TASKS} if (D, int(R.split(",")[0])) in GROUPED else {0})
     assert {"x_ptr", "residual_ptr", "dy_ptr", "dx_ptr", "y_ptr"} <= {
         name for row in rows for name in row["activations"]
     }
