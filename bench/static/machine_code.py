@@ -16,9 +16,10 @@ from typing import Any
 import triton
 
 # An access of global memory in LLVM IR: Triton's inline PTX, LLVM's own instructions, AMD's buffer intrinsics.
+# A tab in that PTX stands as \09 in the IR, and in front of a load that has no mask there is nothing else.
 # The types are as in v4.b32, <4 x i32>, bfloat, v4i32; cp.async gives its bytes; a bulk copy (TMA) gives neither.
 ACCESS = re.compile(
-    r"\b(?:ld|st)\.global[.\w:]*?\.(?P<ptx>(?:v\d\.)?[bsuf]\d+)\b"
+    r"(?:\b|\\09)(?:ld|st)\.global[.\w:]*?\.(?P<ptx>(?:v\d\.)?[bsuf]\d+)\b"
     r"|cp\.async\.c[ag]\.shared\.global[^;]*?\], (?P<bytes>0x[0-9a-f]+|\d+)"
     r"|cp\.async\.bulk(?!\.(?:commit|wait))"
     r"|\bload (?:volatile )?(?P<load><[^>]+>|\w+), ptr addrspace\(1\)"

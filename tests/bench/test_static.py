@@ -99,7 +99,7 @@ define void @kernel(ptr addrspace(1) %0, ptr addrspace(1) %1, i32 %2, ptr addrsp
 
 6:
   %7 = phi ptr addrspace(1) [ %5, %4 ], [ %10, %6 ]
-  %8 = tail call { i32, i32 } asm "ld.global.v2.b32 { $0, $1 }, [ $2 + 0 ];", "=r,=r,l"(ptr addrspace(1) %7)
+  %8 = tail call { i32, i32 } asm ";\\0A\\09ld.global.v2.b32 { $0, $1 }, [ $2 + 0 ];", "=r,=r,l"(ptr addrspace(1) %7)
   %9 = extractvalue { i32, i32 } %8, 0
   %10 = getelementptr i8, ptr addrspace(1) %7, i64 64
   store i32 %9, ptr addrspace(1) %1, align 4
