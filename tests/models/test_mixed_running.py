@@ -1,6 +1,9 @@
 """Batches of several tasks inside generate(), under torch.compile, in threads, in backward, and what is refused."""
 
 import asyncio
+import copy
+import inspect
+import pickle
 import threading
 
 import pytest
@@ -16,6 +19,8 @@ from adapter_ops import (
     AdapterConfig,
     active_adapter,
     add_adapter,
+    delete_adapter,
+    list_adapters,
     using_adapter,
     using_adapters,
 )
@@ -69,6 +74,22 @@ def test_generate_with_sequences_that_are_sampled():
     for i, name in enumerate(names):
         with torch.no_grad(), using_adapter(model, name):
             close(first[3 * i : 3 * i + 3], model(tokens[i : i + 1]).logits[:, -1].expand(3, -1))
+
+
+def test_copies_of_a_model_generate_and_a_model_without_tasks_has_its_own_generate():
+    model = generator("llama")
+    tokens, names = torch.randint(3, 50, (2, 5)), ["t2", "t0"]
+    signature = inspect.signature(type(model).generate.__get__(model))
+    with using_adapters(model, names):
+        expected = model.generate(tokens, **LENGTH, num_beams=2)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with using_adapters(other, names):
+            assert torch.equal(other.generate(tokens, **LENGTH, num_beams=2), expected)
+        assert inspect.signature(other.generate) == signature
+        for name in list_adapters(other):
+            delete_adapter(other, name)
+        assert not {"generate", "forward"} & vars(other).keys()
+        assert not torch.equal(other.generate(tokens, **LENGTH, num_beams=2), expected)
 
 
 class Chat(nn.Module):
