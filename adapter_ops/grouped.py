@@ -2,9 +2,9 @@
 
     y[m] = residual[m] + scale[t] · (act(x[m] · W_down[t]ᵀ + b_down[t]) · W_up[t]ᵀ + b_up[t])      t = task_ids[m]
 
-Rows are sorted by task. On the CPU each task's rows, which then are neighbours, go through the single adapter; the
-kernels take them in tiles of one task. Where neither can be done the formula runs in PyTorch's own operations, which
-gather the weights of every row.
+Rows are sorted by task. On the CPU tasks of few rows share batched products, and a task of many rows goes through the
+single adapter. The kernels take rows in tiles of one task. Where neither can be done the formula runs in PyTorch's own
+operations, which gather the weights of every row.
 """
 
 import contextlib
@@ -68,9 +68,9 @@ def grouped_bottleneck_adapter(
             or a size out of range. On a GPU an id out of range is a device-side assertion.
         TypeError: a dtype that is not one of those above, no tensor for a tensor, no number for the scale.
 
-    On the CPU the adapters of a batch run one task after the other, each on all of its rows. No GPU has run the kernels
-    yet, so there PyTorch's own operations gather the weights of every row, which takes memory of M · R · D elements,
-    unless ADAPTER_OPS_UNMEASURED=1 lets the kernels run. Gradients of gradients work everywhere.
+    On the CPU tasks of few rows are computed together, by batched products. No GPU has run the kernels yet, so there
+    PyTorch's own operations gather the weights of every row, which takes memory of M · R · D elements, unless
+    ADAPTER_OPS_UNMEASURED=1 lets the kernels run. Gradients of gradients work everywhere.
 
     >>> x, ids = torch.randn(3, 7, 16), torch.tensor([1, 0, -1])  # three sequences
     >>> w_down, w_up = torch.randn(2, 4, 16), torch.randn(2, 16, 4)
