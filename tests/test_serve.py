@@ -241,7 +241,10 @@ def test_a_full_queue(server):
     assert (
         status == 503 and headers["retry-after"] == "1" and answer["error"].startswith("of 32 places in the queue 0 ")
     )
-    assert server.metrics()[("adapter_requests_total", ("status", "503"), ("task", "t0"))] == 1
+    found = server.metrics()
+    assert found[("adapter_requests_total", ("status", "503"), ("task", "t0"))] == 1
+    assert found[("adapter_requests_total", ("status", "404"), ("task", ""))] >= 1, "of a task that there is not"
+    assert not any(("task", "nobody") in key for key in found)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
@@ -308,6 +311,18 @@ def test_a_body_that_does_not_come(serve):
     asyncio.run(asyncio.wait_for(run(), 10))
 
 
+def test_calls_of_the_model(serve):
+    """Each is of one bank, of no more tasks than it holds, and of texts of similar lengths."""
+    tasks = object.__new__(serve.Tasks)
+    tasks.capacity, tasks.padding = 2, 10
+    of = {key: serve.Task("a bank" if key < "d" else "another", key, [], None) for key in "abcde"}
+    asked = [("a", 5), ("d", 5), ("b", 40), ("e", 6), ("a", 9), ("b", 6), ("c", 5), ("c", 5), ("d", 5)]
+    texts = [serve.Text("", of[key], None, 0.0) for key, _ in asked]
+    calls = [[asked[i] for i in part] for part in tasks.calls(texts, [length for _, length in asked])]
+    of_one = [[("a", 5), ("b", 6), ("a", 9)], [("b", 40)], [("c", 5), ("c", 5)]]
+    assert sorted(calls) == sorted([*of_one, [("d", 5), ("d", 5), ("e", 6)]])
+
+
 def test_wrong_options(serve, capsys):
     for arguments, told in (
         (["nowhere"], "argument tasks: there is no folder 'nowhere'"),
@@ -326,10 +341,13 @@ def test_a_batch_goes_when_it_is_full_or_its_oldest_text_has_waited(serve):
             start = time.monotonic()
             await asyncio.gather(*(one.ask("t", [text]) for text in "abcd"))
             assert time.monotonic() - start < 0.25, "a full batch waits for nothing"
-            first = asyncio.create_task(one.ask("t", ["e"]))
-            await asyncio.sleep(0.15)
-            await asyncio.gather(first, one.ask("t", ["f"]))
+            start, asked = time.monotonic(), []
+            for text, pause in (("e", 0.2), ("f", 0.25), ("g", 0)):
+                asked.append(asyncio.create_task(one.ask("t", [text])))
+                await asyncio.sleep(pause)
+            await asked[0]
             assert time.monotonic() - start > 0.29
-        assert one.tasks.batches == [["a", "b", "c", "d"], ["e", "f"]]
+            await asyncio.gather(*asked)
+        assert one.tasks.batches == [["a", "b", "c", "d"], ["e", "f"], ["g"]]
 
     asyncio.run(run())
