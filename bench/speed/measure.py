@@ -202,7 +202,7 @@ def work(shape: Shape, dtype: torch.dtype, mode: str) -> tuple[int, int]:
     return tensors * shape.M * shape.D * dtype.itemsize, products * 2 * shape.M * shape.D * shape.R
 
 
-def peakmemory(case: Case, module: Module, mode: str) -> int:
+def peak_memory(case: Case, module: Module, mode: str) -> int:
     """Bytes above inputs and parameters at the worst moment; in "bwd" with what its forward left behind."""
     with memory(case.device) as before:
         call = case.call(module, mode)
