@@ -76,6 +76,7 @@ def gpu(monkeypatch):
         ("speed", ["--device", "cpu", "--out", "{}/F.csv"], "F.csv"),
         ("tune", ["--out", "{}/F.json"], "F.json"),
         ("static", ["--json", "{}/F.json"], "F.json"),
+        ("serve", ["--model", "a-model", "--out", "{}/F.txt"], "F.txt"),
         ("demo", ["--data", "{}/texts.csv", "--out", "{}/out"], "out/adapter"),
     ],
 )
