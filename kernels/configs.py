@@ -236,7 +236,18 @@ def tiles(kernel: str, p: Problem) -> Config:
     asked = dict(p.tuning.tiles).get(kernel)
     if asked:
         return fit(asked, p.D, p.R)
-    return _tiles(kernel, p.M, p.D, p.R, itemsize(kernel, p), p.target.capability)
+    found = _tiles(kernel, p.M, p.D, p.R, itemsize(kernel, p), p.target.capability)
+    return _with_index(kernel, found, generation(p.target.capability)) if p.tasks else found
+
+
+def _with_index(kernel: str, config: Config, card: int) -> Config:
+    """The tiles of a kernel for rows of several tasks: no larger than what has registers left for the rows' addresses.
+
+    A tile holds rows of one task, so that a larger one would often be empty in part.
+    """
+    if kernel == "dx_dw":
+        return replace(config, BLOCK_D=min(config.BLOCK_D, 64)) if card == 8 else config
+    return replace(config, BLOCK_M=min(config.BLOCK_M, 64))
 
 
 @functools.lru_cache(maxsize=4096)
