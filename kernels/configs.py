@@ -247,6 +247,8 @@ def _with_index(kernel: str, config: Config, card: int) -> Config:
     """
     if kernel == "dx_dw":
         return replace(config, BLOCK_D=min(config.BLOCK_D, 64)) if card == 8 else config
+    if kernel in ("expand", "dx") and card == 8:
+        config = replace(config, BLOCK_R=min(config.BLOCK_R, 32))
     return replace(config, BLOCK_M=min(config.BLOCK_M, 64))
 
 
