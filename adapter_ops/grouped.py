@@ -7,7 +7,6 @@ single adapter. The kernels take rows in tiles of one task. Where neither can be
 operations, which gather the weights of every row.
 """
 
-import contextlib
 from typing import Any
 
 import torch
@@ -225,11 +224,6 @@ def _calls(x: Tensor, residual: Tensor | None, weights: Weights, options: Option
     return calls if isinstance(calls, KernelCalls) else None
 
 
-def _making_on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """New tensors are made on a device, where it is not the one on which they are made anyway."""
-    return contextlib.nullcontext() if device.type == "cpu" else device
-
-
 def _index(task_ids: Tensor, T: int) -> tuple[Tensor, Tensor]:
     """The order that sorts rows by task [M], and how many rows have no task, task 0, task 1 and so on [T + 1].
 
@@ -248,8 +242,7 @@ def _forward(
     weights, options = Weights(w_down, b_down, w_up, b_up, scale_tensor), Options(activation, scale, dtype)
     calls = _calls(x, residual, weights, options)
     if calls is None:
-        with _making_on(x.device):
-            return grouped_cpu.forward(x, task_ids, residual, *weights, *options, save_z)
+        return grouped_cpu.forward(x, task_ids, residual, *weights, *options, save_z)
     index = _index(task_ids, len(w_down))
     y, z = calls.forward((x, residual, *weights, *index), save_z)
     return y, x.new_empty(0, dtype=dtype) if z is None else z, *index
@@ -262,8 +255,7 @@ def _backward(
     weights, options = Weights(w_down, b_down, w_up, b_up, scale_tensor), Options(activation, scale, dtype)
     calls = _calls(x, None if residual_is_x else dy, weights, options)
     if calls is None:
-        with _making_on(x.device):
-            return grouped_cpu.backward(dy, x, z, order, counts, *weights, *options, needs, residual_is_x)
+        return grouped_cpu.backward(dy, x, z, order, counts, *weights, *options, needs, residual_is_x)
     found = calls.backward(dy, x, z, weights, needs, residual_is_x, index=(order, counts))
     return [t for t in found if t is not None]
 

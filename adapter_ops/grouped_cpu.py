@@ -66,7 +66,7 @@ class _Part(NamedTuple):
             torch.index_select(found.flatten(0, 1), 0, self.real, out=t[self.first : self.end])
 
 
-def _parts(lengths: list[int]) -> Iterator[_Part]:
+def _parts(lengths: list[int], device: torch.device) -> Iterator[_Part]:
     """How the rows are divided; `lengths` are the rows without a task and those of each task."""
     start, *of_tasks = lengths
     size = _padded_size(of_tasks)
@@ -74,7 +74,7 @@ def _parts(lengths: list[int]) -> Iterator[_Part]:
     tasks: list[int] = []
     for task, n in enumerate([*of_tasks, size + 1]):  # the last one ends the batch before it
         if tasks and (n > size or len(tasks) == step):
-            yield _batch(tasks, [of_tasks[t] for t in tasks], size, start)
+            yield _batch(tasks, [of_tasks[t] for t in tasks], size, start, device)
             start += sum(of_tasks[t] for t in tasks)
             tasks = []
         if task == len(of_tasks) or not n:
@@ -86,14 +86,15 @@ def _parts(lengths: list[int]) -> Iterator[_Part]:
             tasks.append(task)
 
 
-def _batch(tasks: list[int], of_tasks: list[int], size: int, start: int) -> _Part:
+def _batch(tasks: list[int], of_tasks: list[int], size: int, start: int, device: torch.device) -> _Part:
     """Tasks with that many rows each, at least one, which begin at `start`."""
     consecutive = tasks[-1] - tasks[0] == len(tasks) - 1
-    own = slice(tasks[0], tasks[-1] + 1) if consecutive else torch.tensor(tasks)
+    own = slice(tasks[0], tasks[-1] + 1) if consecutive else torch.tensor(tasks, device=device)
     end = start + sum(of_tasks)
     if min(of_tasks) == size:
         return _Part(own, len(tasks), size, start, end, None, None, None)
-    lengths, offsets = torch.tensor(of_tasks)[:, None], torch.arange(size)
+    lengths = torch.tensor(of_tasks, device=device)[:, None]
+    offsets = torch.arange(size, device=device)
     is_real = offsets < lengths
     places = start + lengths.cumsum(0) - lengths + offsets.where(is_real, 0)
     real, padding = (mask.flatten().nonzero()[:, 0] for mask in (is_real, ~is_real))
@@ -134,7 +135,7 @@ def _order(task_ids: Tensor, tasks: int) -> tuple[Tensor, Tensor]:
 
 def _needed(order: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """The order and the one that undoes it, or None for both where rows are sorted already."""
-    numbers = torch.arange(len(order))
+    numbers = torch.arange(len(order), device=order.device)
     if torch.equal(order, numbers):
         return None, None
     return order, torch.empty_like(order).scatter_(0, order, numbers)
@@ -155,7 +156,7 @@ def forward(
     y_rows = y.view(x_rows.shape)
     y_by_task = y_rows if back is None else torch.empty_like(y_rows)
     y_by_task[: lengths[0]] = added_to.index_select(0, order[: lengths[0]])
-    for part in _parts(lengths):
+    for part in _parts(lengths, x.device):
         x_part = part.gather(x_rows, by_task)
         r_part = x_part if residual is None else part.gather(added_to, by_task)
         y_part = part.place(y_by_task)
@@ -219,7 +220,7 @@ def backward(
     if dx_by_task is not None:
         taskless = order[: lengths[0]]
         dx_by_task[: lengths[0]] = dy_rows.index_select(0, taskless) if residual_is_x else 0
-    for part in _parts(lengths):
+    for part in _parts(lengths, x.device):
         x_part, dy_part = part.gather(x_rows, by_task), part.gather(dy_rows, by_task)
         z_part = part.gather(z, None)
         dx_part = None if dx_by_task is None else part.place(dx_by_task)

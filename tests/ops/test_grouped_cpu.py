@@ -28,7 +28,7 @@ LENGTHS = {
 def test_every_row_has_one_place(lengths, taskless):
     t = torch.arange(taskless + sum(lengths)) + 1
     found, seen = torch.zeros_like(t), []
-    for part in _parts([taskless, *lengths]):
+    for part in _parts([taskless, *lengths], torch.device("cpu")):
         tasks = torch.arange(len(lengths))[part.tasks].tolist()
         assert len(tasks) == 1 or len(tasks) * part.size <= 512  # which stay in a processor's cache
         seen += tasks
