@@ -3,8 +3,8 @@
     y[m] = residual[m] + scale[t] · (act(x[m] · W_down[t]ᵀ + b_down[t]) · W_up[t]ᵀ + b_up[t])      t = task_ids[m]
 
 Rows are sorted by task. On the CPU tasks of few rows share batched products, and a task of many rows goes through the
-single adapter. The kernels take rows in tiles of one task. Where neither can be done the formula runs in PyTorch's own
-operations, which gather the weights of every row.
+single adapter, as for many rows on a GPU without kernels. The kernels take rows in tiles of one task. Where neither
+can be done the formula runs in PyTorch's own operations, which gather the weights of every row.
 """
 
 from typing import Any
@@ -21,6 +21,8 @@ from .kernels.activations import find_activation
 from .kernels.problem import Needs, Options, Weights
 from .ops import OPTIONS_SCHEMA, WEIGHTS_SCHEMA, backward_products, op_calls, product_flops, tell, tell_traced
 
+# M · R · D, the elements of the weights of every row, up to which they are gathered on a GPU.
+_GATHERED = 1 << 26
 _CPU = Backend("cpu", "tensors are on the CPU: rows are sorted by task, and oneDNN and ATen add in place")
 
 
@@ -68,8 +70,9 @@ def grouped_bottleneck_adapter(
         TypeError: a dtype that is not one of those above, no tensor for a tensor, no number for the scale.
 
     On the CPU tasks of few rows are computed together, by batched products. No GPU has run the kernels yet, so there
-    PyTorch's own operations gather the weights of every row, which takes memory of M · R · D elements, unless
-    ADAPTER_OPS_UNMEASURED=1 lets the kernels run. Gradients of gradients work everywhere.
+    PyTorch's own operations run, unless ADAPTER_OPS_UNMEASURED=1 lets the kernels run. They gather the weights of every
+    row where that takes up to 2^26 elements or the call is captured in a CUDA graph, and else do as on the CPU, which
+    waits for the number of rows of each task. Gradients of gradients work everywhere.
 
     >>> x, ids = torch.randn(3, 7, 16), torch.tensor([1, 0, -1])  # three sequences
     >>> w_down, w_up = torch.randn(2, 4, 16), torch.randn(2, 16, 4)
@@ -99,16 +102,23 @@ def grouped_bottleneck_adapter(
 
 
 def _has_implementation(x: Tensor, residual: Tensor | None, weights: Weights, options: Options) -> bool:
-    """Whether a call that meets no obstacle is left to the op, rather than to PyTorch's own operations."""
+    """Whether a call that meets no obstacle is left to the op, rather than to `formula`.
+
+    Without a kernel the op takes `grouped_cpu`, which waits for the number of rows of each task, so that it cannot be
+    captured in a CUDA graph, but needs no memory for the gathered weights.
+    """
     if x.device.type == "cpu":
         return True
+    large = x.is_cuda and x.numel() * weights.w_down.shape[1] > _GATHERED
     if not torch.compiler.is_compiling():
-        return isinstance(op_calls(x, residual, weights, options), KernelCalls)
+        if isinstance(op_calls(x, residual, weights, options), KernelCalls):
+            return True
+        return large and not torch.cuda.is_current_stream_capturing()
     # An exported program leaves the choice to the op, which makes it where the program runs.
     if not x.is_cuda or torch.compiler.is_exporting() or may_run_kernels(x, weights.w_down, options):
         return x.is_cuda
     tell_traced(x.device, options.dtype)
-    return False
+    return large
 
 
 def formula(x: Tensor, task_ids: Tensor, residual: Tensor | None, weights: Weights, options: Options) -> Tensor:

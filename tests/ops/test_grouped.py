@@ -7,9 +7,10 @@ import torch
 import torch._dynamo.testing
 from helpers import assert_two_times_rule
 from helpers_grouped import NAMES, batch, loop, results
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from adapter_ops import bottleneck_adapter, grouped_bottleneck_adapter
+from adapter_ops import bottleneck_adapter, grouped, grouped_bottleneck_adapter
 from adapter_ops.grouped import formula, forward_op
 from adapter_ops.kernels.problem import Options, Weights
 
@@ -262,3 +263,13 @@ def test_flops_of_the_ops_are_counted():
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
     assert counter.get_total_flops() == 4 * 2 * 11 * 12 * 4
+
+
+@pytest.mark.parametrize("M, capturing, sorts", [(8, False, False), (4096, False, True), (4096, True, False)])
+def test_a_gpu_without_kernels_gathers_no_more_than_it_can_hold(monkeypatch, M, capturing, sorts):
+    monkeypatch.setattr(grouped, "op_calls", lambda *arguments: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    with FakeTensorMode():
+        x, w_down, w_up = (torch.empty(s, device="cuda") for s in ((M, 768), (3, 64, 768), (3, 768, 64)))
+    weights = Weights(w_down, None, w_up, None, None)
+    assert grouped._has_implementation(x, None, weights, Options("gelu", 1.0, x.dtype)) is sorts
