@@ -43,6 +43,13 @@ WRONG = {
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here"),
         ),
     ],
+    "grouped": [
+        ("--shape 4x4", "argument --shape: shape '4x4' is not of the form MxDxR"),
+        ("--tasks 0", "argument --tasks: expected a whole number from 1, found '0'"),
+        ("--spread odd", "argument --spread: unknown spread 'odd'; known: even, zipf"),
+        ("--providers mine", "argument --providers: unknown provider 'mine'; known: adapter_ops, loop"),
+        ("--out {}", "argument --out: expected a file to write, found the folder"),
+    ],
     "serve": [
         ("--tasks 1", "argument --tasks: expected a whole number from 2, found '1'"),
         ("--modes everything", "argument --modes: unknown mode 'everything'; known: models, switch, service"),

@@ -41,14 +41,6 @@ def test_a_wrong_provider_is_not_timed(monkeypatch, capsys):
     assert main(["grouped", *SMALL, *only, "--providers", "padded-bmm"]) == 1
 
 
-@pytest.mark.parametrize("option", [["--tasks", "0"], ["--spread", "odd"], ["--providers", "mine"], ["--shape", "4x4"]])
-def test_wrong_input_is_one_line(option, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["grouped", *option])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and option[0] in error
-
-
 def test_a_batch_knows_its_order():
     ids = torch.tensor([2, 0, 2, 1, 0])
     batch = providers.Batch(ids, 4, 8, 2, torch.float32, "cpu")
