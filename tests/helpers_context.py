@@ -1,4 +1,4 @@
-"""A model of any family with two tasks, and what must not be left of a call that has ended."""
+"""A model of any family with tasks, and what must not be left of a call that has ended."""
 
 import torch
 from helpers_families import build, forward
@@ -12,9 +12,14 @@ TASKS = ("a", "b", None)
 
 
 def two_tasks(family, preset):
-    """A model of a family with two tasks of a preset whose parameters are random."""
+    """A model of a family with the tasks "a" and "b" of a preset, whose parameters are random."""
+    return with_tasks(("a", "b"), family, preset)
+
+
+def with_tasks(names, family, preset):
+    """A model of a family with tasks of a preset whose parameters are random."""
     model, inputs, _ = build(family)
-    for name in ("a", "b"):
+    for name in names:
         add_adapter(model, name, preset)
         with torch.no_grad():
             for p in model.parameters():

@@ -3,13 +3,14 @@
 import asyncio
 import contextvars
 import copy
+import itertools
 import pickle
 import threading
 
 import pytest
 import torch
 import transformers as hf
-from helpers_context import PRESETS, TASKS, nothing_left, outputs_of, two_tasks
+from helpers_context import PRESETS, TASKS, nothing_left, outputs_of, two_tasks, with_tasks
 from helpers_families import forward
 from helpers_tasks import STRONG, TOKENS, bert, logits
 from torch import nn
@@ -31,21 +32,23 @@ pytestmark = pytest.mark.usefixtures("aten")
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("family", ["bert", "llama", "vit", "gpt2"])
 def test_eight_threads_that_switch_between_three_tasks(family, preset):
-    model, inputs = two_tasks(family, preset)
+    """And the bare base between them."""
+    names = ("a", "b", "c", None)
+    model, inputs = with_tasks(names[:3], family, preset)
     key = next(iter(inputs))
     batches = [torch.randint(3, 49, (2, 6)) if key == "input_ids" else torch.randn(2, 3, 8, 8) for _ in range(8)]
     expected = {}
     with torch.no_grad():
-        for name in TASKS:
+        for name in names:
             set_active_adapter(model, name)
             expected[name] = [forward(model, {key: batch})[0] for batch in batches]
     set_active_adapter(model, "b")
-    assert not torch.equal(expected["a"][0], expected["b"][0])
+    assert all(not torch.equal(expected[a][0], expected[b][0]) for a, b in itertools.combinations(names, 2))
     wrong = []
 
     def serve(i):
-        for turn in range(9):
-            name = TASKS[(i + turn) % 3]
+        for turn in range(12):
+            name = names[(i + turn) % 4]
             try:
                 with torch.no_grad(), using_adapter(model, name):
                     found = forward(model, {key: batches[i]})[0]
