@@ -1,4 +1,4 @@
-"""The real MiniLM, three tasks in turn: each comes back as it was, and the base stays what it was, to the bit."""
+"""The real MiniLM, three tasks in turn and in one batch: each comes back as it was, and the base stays what it was."""
 
 import re
 
@@ -7,8 +7,9 @@ import pytest
 import torch
 from helpers_paper import MARKS
 from torch import nn
+from transformers import DataCollatorWithPadding
 
-from adapter_ops import AdapterConfig, add_adapter, load_adapter, save_adapter, set_active_adapter
+from adapter_ops import AdapterConfig, add_adapter, load_adapter, save_adapter, set_active_adapter, using_adapters
 from bench import demo
 from bench.paper.data import load_data
 from bench.paper.docstrings import docstrings
@@ -64,6 +65,25 @@ def test_three_tasks_in_turn_on_one_base(tasks, tmp_path):
         load_adapter(fresh, tmp_path / name)
         set_active_adapter(fresh, None)
     check(fresh)
+    mixed = one_batch_of_all(fresh, tokenizer, texts)
+    assert mixed.shape[1] == 3
+    for row, (name, number) in zip(mixed, batch_rows(texts)):
+        labels = len(tasks[name].labels)
+        assert np.allclose(row[:labels], measured[name][number], atol=1e-5) and np.isneginf(row[labels:]).all()
+        assert row.argmax() == measured[name][number].argmax()
+
+
+def batch_rows(texts):
+    """The task and the number of each text in a batch that takes twelve of each task in turn."""
+    return [(name, number) for number in range(12) for name in texts]
+
+
+def one_batch_of_all(model, tokenizer, texts):
+    rows = batch_rows(texts)
+    inputs = DataCollatorWithPadding(tokenizer)([texts[name].test[number] for name, number in rows])
+    inputs.pop("labels")
+    with torch.no_grad(), using_adapters(model, [name for name, _ in rows]):
+        return model.eval()(**inputs).numpy()
 
 
 def test_demo_end_to_end(tmp_path, capsys, monkeypatch):
