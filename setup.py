@@ -53,7 +53,8 @@ setup(
     packages=[*find_packages(include=["adapter_ops", "adapter_ops.*"]), "adapter_ops.kernels"],
     package_dir={"adapter_ops.kernels": "kernels"},
     package_data={"adapter_ops": ["py.typed"], "adapter_ops.kernels": ["*.c"]},
-    # The oldest with which the tests were run, and all but three pass: Python 3.10, torch 2.10, Triton 3.6.
+    # The oldest with which the tests of the ops, the kernels and the models were run and pass: Python 3.10, torch 2.10,
+    # Triton 3.6.
     # Package indexes have Triton for Linux alone. safetensors writes tensors of PyTorch only with its extra "torch".
     install_requires=["torch>=2.10", 'triton>=3.6; sys_platform == "linux"', "safetensors[torch]"],
     extras_require={"hub": ["huggingface_hub"], "serve": serve, "test": test},
