@@ -49,6 +49,10 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here")
+    # Asked before anything of it is imported, as AdapterHub's package then has no spec any more.
+    args.providers = [name for name in args.providers if importlib.util.find_spec(PROVIDERS[name].package)]
+    if not args.providers:
+        parser.error("argument --providers: the packages of these providers are not installed")
     lines: list[str] = []
 
     def tell(line: str) -> None:
@@ -97,8 +101,6 @@ def table(named: tuple[str, Batch], args: argparse.Namespace, tell: Callable[[st
     allowed = errors(results(loop, batch), oracle)
     for name in args.providers:
         provider = PROVIDERS[name]
-        if importlib.util.find_spec(provider.package) is None:
-            continue
         way = provider.make()
         try:
             if provider.exact and (lack := wrongness(errors(results(way, batch), oracle), allowed)):
