@@ -248,7 +248,10 @@ def _with_index(kernel: str, config: Config, card: int) -> Config:
     if kernel == "dx_dw":
         return replace(config, BLOCK_D=min(config.BLOCK_D, 64)) if card == 8 else config
     if kernel in ("expand", "dx") and card == 8:
-        config = replace(config, BLOCK_R=min(config.BLOCK_R, 32))
+        few = config.BLOCK_M == 16  # ptxas would give each of more warps too few registers, and spill
+        config = replace(config, BLOCK_R=min(config.BLOCK_R, 32), num_warps=2 if few else config.num_warps)
+    if kernel == "fused" and card == 8:
+        config = replace(config, num_warps=4)
     return replace(config, BLOCK_M=min(config.BLOCK_M, 64))
 
 
