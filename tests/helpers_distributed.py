@@ -118,6 +118,10 @@ def worker(rank, address, jobs, results):
     dist.destroy_process_group()
 
 
+class Died(Exception):
+    """A process ended without a report."""
+
+
 class Pair:
     """Two processes that run a function at the same time; they are killed if it does not end.
 
@@ -147,44 +151,43 @@ class Pair:
                 os.environ["TRITON_INTERPRET"] = interpreted
 
     def __call__(self, function, *arguments):
-        found = self._run(function, arguments)
-        if found is None:
-            codes = [process.exitcode for process in self.processes]
-            warnings.warn(f"a process of {function.__name__} has died: the exit codes are {codes}", stacklevel=2)
-            self.kill()
+        try:
+            failures = self._run(function, arguments)
+        except Died as death:
+            warnings.warn(f"{function.__name__}: {death}; it runs once more", stacklevel=2)
             self.start()
-            found = self._run(function, arguments)
-            if found is None:
-                found = [f"a process died twice: the exit codes are {[p.exitcode for p in self.processes]}"]
-                self.kill()
-        if found:
-            pytest.fail("\n".join(found), pytrace=False)
+            try:
+                failures = self._run(function, arguments)
+            except Died as death:
+                failures = [f"twice, {death}"]
+        if failures:
+            pytest.fail("\n".join(failures), pytrace=False)
 
     def _run(self, function, arguments):
-        """What failed; None where a process has died."""
+        """What failed. Raises Died."""
         for jobs in self.jobs:
             jobs.put((function, arguments))
         failures, end = [], time.monotonic() + SECONDS
         for _ in self.processes:
             answer = self._answer(end)
             if answer is None:
-                return None if self.dead else [*failures, f"the processes did not end within {SECONDS} s"]
+                self.kill()
+                return [*failures, f"the processes did not end within {SECONDS} s"]
             rank, failure = answer
             if failure:
                 failures.append(f"process {rank}: {failure}")
         return failures
 
     def _answer(self, end):
-        """What a process reports; None where none does in time, or a process has died."""
+        """What a process reports, or None if none does in time. Raises Died."""
         while time.monotonic() < end:
-            alive = self.alive
+            alive = self.alive  # before the queue is asked, as a process may report and then die
             with contextlib.suppress(queue.Empty):
                 return self.results.get(timeout=1)
             if not alive:
-                self.dead = True
-                return None
-        self.dead = False
-        self.kill()
+                codes = [process.exitcode for process in self.processes]
+                self.kill()
+                raise Died(f"a process has died: the exit codes are {codes}")
         return None
 
     def kill(self):

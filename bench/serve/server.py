@@ -41,6 +41,7 @@ class PerTask(Tasks):
             self.load(path.name, path.name, self.add)
 
     def add(self, bank: AdapterBank, key: str, folder: Path) -> None:
+        """Loads a saved task. Each of the two ways below puts it somewhere else."""
         raise NotImplementedError
 
     def run(self, texts: Any) -> list[Any]:
